@@ -396,14 +396,14 @@ def patch(
     thick = np.minimum(2 * radii[2] * np.sqrt(np.clip(1.1 - far, 0, 1)), s.lung)
     return fill * thick * step(1.15 - far, 0, .55)
 
-# %% ../nbs/01_phantom.ipynb #3477211f
+# %% ../nbs/01_phantom.ipynb #f48623fb
 LOBES = ((-6.4, 5.5), (-5.8, -1.5), (-7.2, -5.0), (6.4, 5.2), (7.0, -4.6))   # right upper, middle, lower; left upper, lower
 
 def consolidation(s, severity: float, g, bronchogram: bool = True, fill: float = .9) -> np.ndarray:
     "One lobe filled with fluid; the larger airways stay open and show as dark branches."
     x0, y0 = LOBES[g.integers(5)]
-    big = (1.6 + 3.6 * severity) * g.uniform(.85, 1.15)
-    fluid = patch(s, (x0 + g.normal(0, .8), y0 + g.normal(0, .9)), (big, big * g.uniform(.7, 1.0), big * .9), (.16 + .40 * severity) * fill, g)
+    big = (2.6 + 3.6 * severity) * g.uniform(.85, 1.15)
+    fluid = patch(s, (x0 + g.normal(0, .8), y0 + g.normal(0, .9)), (big, big * g.uniform(.75, 1.05), big * 1.1), (.26 + .44 * severity) * fill, g)
     if g.random() < .5: fluid = fluid * step(big * .45 + (s.y - y0) * g.choice([-1, 1]) + .25 * (s.x - x0), -.25, .25)     # stops at a fissure
     if bronchogram: fluid = np.maximum(fluid - step(fluid, .3, 1.5) * 1.2 * branches(s.beam, s.lung, 1.25), 0)
     return fluid
@@ -411,9 +411,9 @@ def consolidation(s, severity: float, g, bronchogram: bool = True, fill: float =
 def interstitial(s, severity: float, g) -> np.ndarray:
     "Both lungs, around airways and vessels: thickened walls, a fine net, hazy patches near the hila."
     net = np.abs(grain(s.beam, g, .28)) * np.exp(-((np.abs(s.x) - 5) / 5) ** 2)
-    haze = sum(patch(s, (side * g.uniform(3.8, 7), g.uniform(-5.5, 4)), (g.uniform(2.5, 4.5), g.uniform(2.5, 4.5), 4), .05 + .22 * severity, g, .6)
+    haze = sum(patch(s, (side * g.uniform(3.8, 7), g.uniform(-5.5, 4)), (g.uniform(2.5, 4.5), g.uniform(2.5, 4.5), 4), .08 + .27 * severity, g, .6)
                for side in (-1, 1) for _ in range(2))
-    cuffs = .55 * severity * branches(s.beam, s.lung, 1.25)
+    cuffs = .75 * severity * branches(s.beam, s.lung, 1.25)
     return haze + (s.lung > 0) * (cuffs + .014 * severity * s.lung * net)
 
 def ground_glass(s, severity: float, g) -> np.ndarray:
@@ -651,7 +651,7 @@ def world(
     if "label" in df: df["label"] = pd.Categorical(df["label"], categories=list(KINDS[kind][0]))
     return df
 
-# %% ../nbs/01_phantom.ipynb #4313fff3
+# %% ../nbs/01_phantom.ipynb #7ef37953
 def _patient(p, seed, kind, films, hospitals, tie, prevalence, pixels, split):
     "All films of one patient, as rows."
     g = rng(seed, "patient", p)
@@ -661,7 +661,7 @@ def _patient(p, seed, kind, films, hospitals, tie, prevalence, pixels, split):
     if labels: truth = {"label": labels[0] if g.random() > prevalence else labels[1 + int(g.random() < .5)]}
     else: truth = {f: float(g.random() < q) for f, q in PREVALENCE.items()}
     ill = truth["label"] != labels[0] if labels else any(truth.values())
-    course = g.beta(1.6, 1.6)                                   # how ill this patient is; single films vary around it
+    course = g.beta(2.0, 1.5)                                   # how ill this patient is; single films vary around it
     chest = anatomy((seed, who["patient"]), age, sex)
     for n in range(int(g.integers(films[0], films[1] + 1))):
         follow = lambda what, free, tied: tied if g.random() < tie.get(what, 0) else free
