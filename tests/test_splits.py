@@ -1,0 +1,175 @@
+"""What chapter 05 promises and does not show: other machines, odd frames, real lists, real speed."""
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from cxr_course.core import CourseError, frame
+from cxr_course.splits import balanced, hold_out, kfold, leakage, official, refuse_leakage, split, twins
+
+REAL = Path(os.environ.get("CXR_COURSE_REAL_DATA") or Path(__file__).resolve().parents[2] / "shared" / "data")
+real = pytest.mark.skipif(not (REAL / "nih").exists(), reason=f"the real data are not at {REAL} (set CXR_COURSE_REAL_DATA)")
+
+
+def world(n=200, seed=0, root="set"):
+    g = np.random.default_rng(seed)
+    return frame([dict(path=f"{root}/{k}/{p}-{i}.png", patient=f"{p}", label=k) for p in range(n) for k in [g.choice(["NORMAL", "BACTERIA", "VIRUS"], p=[.5, .3, .2])] for i in range(g.integers(1, 6))],
+                 ["NORMAL", "BACTERIA", "VIRUS"])
+
+
+CODE = "import pandas as pd, sys; from cxr_course import core, splits; f = core.frame(pd.read_csv(sys.argv[1], dtype={'patient': str})); print(''.join(s[1] for s in splits.split(f, seed=3).sort_values('path')['split']))"
+
+
+def test_same_split_in_other_processes_and_row_orders(tmp_path):
+    f, said = world(), set()
+    for i, hashseed in enumerate(("0", "1", "random")):
+        f.sample(frac=1, random_state=i)[["path", "patient", "label"]].to_csv(tmp_path / "f.csv", index=False)
+        said.add(subprocess.run([sys.executable, "-c", CODE, str(tmp_path / "f.csv")], env={**os.environ, "PYTHONHASHSEED": hashseed}, capture_output=True, text=True, check=True).stdout)
+    assert len(said) == 1
+
+
+@pytest.mark.parametrize("cut", [lambda f: split(f, unknown="picture"), lambda f: kfold(f, 3, unknown="picture")[1], lambda f: balanced(f, 20, 10, unknown="picture"),
+                                 lambda f: hold_out(f.assign(split=np.where(f["path"].str.contains("-0.png"), "test", "train")), unknown="picture")])
+def test_the_folder_does_not_matter_even_without_patients(cut):
+    a, b = (cut(world(root=r).assign(patient=None)) for r in ("set", "/mnt/other disk/copy/of/set"))
+    assert a["split"].tolist() == b["split"].tolist()
+
+
+def test_windows_paths_split_like_others():
+    f = world().assign(patient=None)
+    assert split(f, unknown="picture")["split"].tolist() == split(f.assign(path="C:\\data\\" + f["path"].str.replace("/", "\\")), unknown="picture")["split"].tolist()
+
+
+def test_seeds_differ_and_rows_stay():
+    f = world()
+    a, b = split(f), split(f, seed=1)
+    assert (a["split"] != b["split"]).mean() > .2 and a.drop(columns="split").equals(f.drop(columns="split"))
+
+
+def test_any_index_is_kept():
+    f = world().set_index(pd.Index(np.zeros(len(world()), int)))
+    assert split(f).index.equals(f.index) and (split(f)["split"].to_numpy() == split(world())["split"].to_numpy()).all()
+    assert hold_out(split(f))["split"].notna().all()
+
+
+def test_large_patients_do_not_drift():
+    g = np.random.default_rng(0)
+    sizes = g.geometric(.25, 3000)
+    f = frame(pd.DataFrame({"path": [f"{i}.png" for i in range(sizes.sum())], "patient": np.repeat(np.arange(3000), sizes).astype(str), "Effusion": (g.random(sizes.sum()) < .1) * 1.}))
+    means = []
+    for seed in range(5):
+        s = split(f, seed=seed).groupby("patient").agg(s=("split", "first"), n=("path", "size")).groupby("s")["n"].mean()
+        means.append(s / s.mean())
+    assert abs(pd.concat(means, axis=1).mean(axis=1) - 1).max() < .05
+
+
+def test_patients_with_several_labels_stay_whole():
+    f = frame([dict(path=f"{p}-{i}.png", patient=str(p), label="BACTERIA" if i % 2 else "VIRUS") for p in range(100) for i in range(4)])
+    refuse_leakage(split(f)), refuse_leakage(balanced(f, 100, 20))
+    assert abs(pd.crosstab(split(f)["label"], split(f)["split"], normalize="index") - pd.Series(dict(train=.7, val=.1, test=.2))).max(axis=None) < .03
+
+
+def test_unknown_findings_count_for_nobody():
+    f = frame([dict(path=f"{p}.png", patient=str(p), Effusion=[1, 0, None][p % 3], Mass=None) for p in range(90)])
+    assert abs(split(f).groupby("split")["Effusion"].sum() - pd.Series(dict(train=21, val=3, test=6))).max() <= 1
+
+
+@pytest.mark.parametrize("fractions, text", [({"train": .5, "test": .4}, "add up to 1"), ({"train": 1.2, "test": -.2}, "above 0"), ({"train": .5, "exam": .5}, "unknown split"), ({"train": np.nan, "test": .5}, "add up")])
+def test_bad_fractions(fractions, text):
+    with pytest.raises(CourseError, match=text): split(world(), fractions)
+
+
+def test_too_few_patients():
+    with pytest.raises(CourseError, match="no patient is left"): split(world(2))
+    with pytest.raises(CourseError, match="cannot be made of"): kfold(world(3), 5)
+
+
+def test_missing_patients_raise_unless_told():
+    f = world()
+    f.loc[3, "patient"] = None
+    for call in (split, kfold, refuse_leakage, lambda f: leakage(f, f), lambda f: balanced(f, 5, 2), lambda f: hold_out(f.assign(split="train")), lambda f: official(f, {"train": [Path(p).name for p in f["path"]]})):
+        with pytest.raises(CourseError, match="1 of .* have no patient"): call(f.assign(split="train") if call is refuse_leakage else f)
+    refuse_leakage(split(f, unknown="picture"), unknown="picture")
+
+
+def test_films_of_one_study_stay_together():
+    f = frame([dict(path=f"{s}-{i}.png", study=f"IM-{s}", label=("A", "B")[s % 2]) for s in range(30) for i in range(3)])
+    assert split(f, unknown="picture").groupby("study")["split"].nunique().max() == 1
+
+
+def test_hold_out_pools_a_validation_that_shares_patients():
+    f = world().assign(split="train")
+    f.loc[f["path"].str.endswith("-1.png"), "split"] = "val"
+    f.loc[f["patient"].astype(int) < 30, "split"] = "test"
+    with pytest.raises(CourseError, match="share"): refuse_leakage(f)
+    out = hold_out(f, .25)
+    assert ((out["split"] == "test") == (f["split"] == "test")).all()
+    with pytest.raises(CourseError, match="not between"): hold_out(f, 1.5)
+    with pytest.raises(CourseError, match="no split yet"): hold_out(world())
+
+
+def test_balanced_counts_and_diversity():
+    f = world(300)
+    b = balanced(f, 100, 30)
+    assert (pd.crosstab(b["label"], b["split"]) == [100, 30]).all(axis=None) and b["path"].is_unique
+    n = b[(b["label"] == "NORMAL") & (b["split"] == "train")]["patient"].nunique()
+    assert n == 100            # enough patients for one film each
+    with pytest.raises(CourseError, match=r"VIRUS \d+ \(of \d+ outside the test\)"): balanced(f, 500, 10)
+    with pytest.raises(CourseError, match="by class"): balanced(f.drop(columns="label").assign(Mass=1.), 1, 1)
+
+
+def test_official_lists(tmp_path):
+    f = world(20)
+    names = [Path(p).name for p in f["path"]]
+    half = [n for n in names if int(n.split("-")[0]) < 10]
+    rest = sorted(set(names) - set(half))
+    (tmp_path / "a.txt").write_text("\r\n".join(half) + "\r\n\r\n")
+    (tmp_path / "l.json").write_text(pd.Series({"train": half, "valid": rest}).to_json())
+    assert official(f, {"train_val": tmp_path / "a.txt", "test": rest})["split"].isin(["train", "test"]).all()
+    assert official(f, tmp_path / "l.json")["split"].isin(["train", "val"]).all()
+    with pytest.raises(CourseError, match="share"): official(f, {"train": names[::2], "test": names[1::2]})
+    with pytest.raises(CourseError, match="cannot be read"): official(f, {"train": tmp_path / "none.txt"})
+    with pytest.raises(CourseError, match="unknown split"): official(f, {"exam": names})
+
+
+def test_twins_read_only_files_of_equal_size(tmp_path, monkeypatch):
+    for name, text in dict(a="same", b="same", c="samf", d="longer").items(): (tmp_path / name).write_text(text)
+    one, other = (pd.DataFrame({"path": [str(tmp_path / n) for n in names]}) for names in ("ad", "bc"))
+    from cxr_course import splits
+    read = []
+    monkeypatch.setattr(splits, "sha256", lambda p, real=splits.sha256: read.append(Path(p).name) or real(p))
+    assert [(Path(a).name, Path(b).name) for a, b in twins(one, other).itertuples(index=False)] == [("a", "b")] and "d" not in read
+
+
+@real
+def test_official_nih_size_in_two_seconds():
+    from cxr_course.data import FINDINGS_B, load
+    f = load(next((REAL / "nih" / "labels").glob("Data_Entry*")), sizes=False)
+    assert len(f) == 112_120
+    started = time.process_time()
+    cut = split(f)
+    assert time.process_time() - started < 2
+    refuse_leakage(cut)
+    share = cut.groupby("split")[list(FINDINGS_B)].sum() / f[list(FINDINGS_B)].sum()
+    assert abs(share.T - [.2, .7, .1]).max(axis=None) < .01
+    some = f[f["patient"].astype(int) < 3000]
+    names, early = some["path"].map(lambda p: Path(p).name), some["patient"].astype(int) < 2000
+    lists = {"train": names[early], "test": names[~early]}
+    assert official(some, lists)["split"].value_counts().sum() == len(some)
+
+
+@real
+def test_real_kaggle_validation():
+    from cxr_course.data import load
+    f = load(REAL / "kaggle" / "chest_xray", sizes=False)
+    with pytest.raises(CourseError, match="have no patient"): hold_out(f)
+    out = hold_out(f, unknown="picture")
+    share = (out["split"] == "val").sum() / (out["split"] != "test").sum()
+    assert abs(share - .2) < .005 and (out["split"] == "test").sum() == (f["split"] == "test").sum()
+    shares = out[out["split"] != "test"].groupby("split")["label"].apply(lambda s: (s == "PNEUMONIA").mean())
+    assert abs(shares["train"] - shares["val"]) < .01
