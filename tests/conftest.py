@@ -1,0 +1,33 @@
+"""What all tests share: where the repository is, one cache for the phantom's films, the real films if they are at hand."""
+import os
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+os.environ.setdefault("MPLBACKEND", "agg")
+os.environ["CXR_COURSE_SIZE"] = "tiny"
+
+
+@pytest.fixture(scope="session")
+def root():
+    "The repository."
+    return ROOT
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory):
+    "One cache for the session: the films of the tiny world are made once, and nothing old can make a test pass."
+    folder = tmp_path_factory.mktemp("cache")
+    os.environ["CXR_COURSE_CACHE"] = str(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def real_data():
+    "The folder of real films: CXR_COURSE_REAL_DATA, or `../shared/data` beside the repository."
+    folder = Path(os.environ.get("CXR_COURSE_REAL_DATA") or ROOT.parent / "shared" / "data")
+    if not folder.is_dir(): pytest.skip(f"no real films at {folder}; set CXR_COURSE_REAL_DATA to a folder that has them")
+    return folder
