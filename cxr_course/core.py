@@ -220,11 +220,12 @@ def classes(
     "What a frame asks about: its labels, or its findings."
     return list(frame["label"].cat.categories) if "label" in frame else findings(frame)
 
-# %% ../nbs/00_core.ipynb #e90eed4e
+# %% ../nbs/00_core.ipynb #aa6dfa8e
 class Sheet:
     "A figure of films: a matplotlib Figure that shows itself in a notebook as a compact JPEG."
     def __init__(self, figure): self.figure = figure
     def __getattr__(self, name): return getattr(self.__dict__["figure"], name)
+    def __repr__(self): return f"a sheet of {len(self.figure.axes)} films"
     def _repr_jpeg_(self):
         file = io.BytesIO()
         self.figure.savefig(file, format="jpeg", dpi=80, pil_kwargs={"quality": 78})

@@ -450,7 +450,7 @@ def stamp(
     if hospital.text: draw.text((.04 * w, .94 * h), hospital.text, fill=200, font=ImageFont.load_default(max(7, .035 * h)))
     return np.asarray(picture, np.float32) / 255
 
-# %% ../nbs/01_phantom.ipynb #1512f5db
+# %% ../nbs/01_phantom.ipynb #fa5bc6da
 FINDINGS = ("Cardiomegaly", "Emphysema", "Effusion", "Hernia", "Infiltration", "Mass", "Nodule", "Atelectasis",
             "Pneumothorax", "Pleural_Thickening", "Pneumonia", "Fibrosis", "Edema", "Consolidation")
 PNEUMONIAS = ("BACTERIA", "VIRUS", "COVID-19")
@@ -464,7 +464,7 @@ def disturb(
     "Findings that move or reshape the anatomy itself do it here, before any ray is drawn."
     s, side = severity, int(g.integers(2))
     domes = list(chest.domes)
-    if finding == "Cardiomegaly": return replace(chest, heart=chest.heart * (1.06 + .34 * s))
+    if finding == "Cardiomegaly": return replace(chest, heart=chest.heart * (1.06 + .27 * s))
     if finding == "Emphysema": return replace(chest, inflation=chest.inflation * (1 + .05 * s), air=chest.air * (1 - .35 * s), vessels=chest.vessels * (1 - .25 * s),
                                               domes=tuple(d - .5 - 2.2 * s for d in domes), curve=chest.curve * (1 - .6 * s), heart=chest.heart * (1 - .12 * s))
     if finding == "Atelectasis": domes[side] += .4 + 2.2 * s
@@ -490,7 +490,7 @@ def patch(
     thick = np.minimum(2 * radii[2] * np.sqrt(np.clip(1.1 - far, 0, 1)), s.lung)
     return fill * thick * step(1.15 - far, 0, .55)
 
-# %% ../nbs/01_phantom.ipynb #f48623fb
+# %% ../nbs/01_phantom.ipynb #30ff42f7
 LOBES = ((-6.4, 5.5), (-5.8, -1.5), (-7.2, -5.0), (6.4, 5.2), (7.0, -4.6))   # right upper, middle, lower; left upper, lower
 
 def consolidation(s, severity: float, g, bronchogram: bool = True, fill: float = .9) -> np.ndarray:
@@ -513,14 +513,14 @@ def interstitial(s, severity: float, g) -> np.ndarray:
 def ground_glass(s, severity: float, g) -> np.ndarray:
     "Several pale patches in the outer and lower thirds of both lungs."
     spots = [(side * g.uniform(8, 11.5), g.uniform(-8, 3)) for side in (-1, 1) for _ in range(g.integers(2, 4))]
-    fluid = sum(patch(s, p, (g.uniform(1.8, 3.6), g.uniform(2, 4), 4), (.10 + .30 * severity) * g.uniform(.7, 1.2), g, .5) for p in spots)
-    return fluid * (1 + .35 * np.clip(grain(s.beam, g, .25), -1, 1))
+    fluid = sum(patch(s, p, (g.uniform(1.8, 3.6), g.uniform(2, 4), 4), (.10 + .26 * severity) * g.uniform(.7, 1.2), g, .5) for p in spots)
+    return fluid * (1 + .18 * np.clip(grain(s.beam, g, .4), -1, 1))
 
-# %% ../nbs/01_phantom.ipynb #9cb40d23
+# %% ../nbs/01_phantom.ipynb #4a5c7e65
 def effusion(s, severity: float, g) -> np.ndarray:
     "Fluid at the bottom of one side, its surface climbing towards the chest wall."
     level = -11.2 + (.8 + 8.5 * severity) + 3.2 * np.exp(-np.maximum(s.wall, 0) / 2.2)
-    return s.lung * step(level - s.y, -.35, .35) * ((s.x > 0) == (g.random() < .5))
+    return .8 * s.lung * step(level - s.y, -.35, .35) * step(s.x * (1 if g.random() < .5 else -1), .5, 3.5)
 
 def pleural_thickening(s, severity: float, g) -> np.ndarray:
     "A rind along the side wall or over the apex of one lung."
