@@ -37,7 +37,7 @@ def test_pages(three):
     assert "<math" in a and 'href="01_b.html#how"' in a and 'href="01_b.html"' in a
     assert "secret" not in a and "#|" not in re.sub(r"<style>.*?</style>", "", a, flags=re.S)
     assert "ZeroDivisionError" in pages["01_b"] and "<pre>noise" not in pages["02_c"] and "&lt;b&gt;" in pages["02_c"]
-    assert "a 1" in pages["index"] and "ZeroDivisionError" in pages["index"]
+    assert "a <b>1</b>" in pages["index"] and "ZeroDivisionError" in pages["index"]
 
 
 def test_a_rerun_of_one_chapter_keeps_the_others(three):
@@ -45,22 +45,39 @@ def test_a_rerun_of_one_chapter_keeps_the_others(three):
     build.write_notebook(three / "nbs/01_b.ipynb", ["# B\n> Second", "print('headline: b 2')"])
     assert build.course(three, run_size="tiny", only=["01"]) == 0
     opening = (three / "_course/index.html").read_text()
-    assert "a 1" in opening and "b 2" in opening and "ZeroDivisionError" not in opening
+    assert "a <b>1</b>" in opening and "b <b>2</b>" in opening and "ZeroDivisionError" not in opening
+
+
+def begun(three):
+    "`make course` over three chapters, the first done and the second, which would take a minute, under way."
+    build.write_notebook(three / "nbs/01_b.ipynb", ["# B\n> It waits", f"from pathlib import Path\nimport os, time\nPath('{three}/pid').write_text(str(os.getpid()))\ntime.sleep(60)"])
+    run = subprocess.Popen([sys.executable, "-c", f"import sys; from cxr_course.build import course; sys.exit(course({str(three)!r}, run_size='tiny'))"], start_new_session=True, stdout=subprocess.PIPE, text=True)
+    until = time.monotonic() + 120
+    while not (three / "pid").exists() and time.monotonic() < until: time.sleep(.1)
+    return run
+
+
+def assert_first_chapter_whole(three):
+    left = {p.name for p in (three / "_course").iterdir() if not p.name.startswith(".")}
+    assert left == {"00_a.html", "index.html", "runs.json"}
+    assert [o["name"] for o in json.loads((three / "_course/runs.json").read_text())] == ["00_a"]
+    assert (three / "_course/00_a.html").read_text().rstrip().endswith("</html>")
 
 
 def test_killed_halfway_leaves_whole_pages(three):
-    build.write_notebook(three / "nbs/01_b.ipynb", ["# B\n> It waits", "import time\ntime.sleep(60)"])
-    run = subprocess.Popen([sys.executable, "-c", f"from cxr_course.build import course; course({str(three)!r}, run_size='tiny')"], start_new_session=True)
-    record = three / "_course/runs.json"
-    until = time.monotonic() + 120
-    while not record.exists() and time.monotonic() < until: time.sleep(.1)
-    time.sleep(1)
+    run = begun(three)
     os.killpg(run.pid, signal.SIGKILL)
-    run.wait()
-    left = {p.name for p in (three / "_course").iterdir() if not p.name.startswith(".")}
-    assert left == {"00_a.html", "index.html", "runs.json"}
-    assert [o["name"] for o in json.loads(record.read_text())] == ["00_a"]
-    assert (three / "_course/00_a.html").read_text().rstrip().endswith("</html>")
+    run.communicate()
+    assert_first_chapter_whole(three)
+
+
+def test_ctrl_c_stops_at_once_and_says_where(three):
+    run = begun(three)
+    os.killpg(run.pid, signal.SIGINT)
+    said, _ = run.communicate(timeout=30)
+    assert run.returncode == 130 and "stopped in 01_b" in said and "02_c" not in said.splitlines()[-1]
+    assert_first_chapter_whole(three)
+    with pytest.raises(ProcessLookupError): os.kill(int((three / "pid").read_text()), 0)
 
 
 def test_a_formula_that_cannot_be_set_is_named():
