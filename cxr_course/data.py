@@ -32,8 +32,8 @@ from .core import CourseError, atomic, cache_dir, classes, findings, frame, prog
 from .phantom import FINDINGS, sample
 
 # %% auto #0
-__all__ = ['MAX_PIXELS', 'REGISTRY', 'kind', 'shape_of', 'decode', 'parse_name', 'DataSet', 'layout', 'load', 'boxes', 'fetch',
-           'unpack', 'thumbnail', 'seen_as', 'near_pairs', 'check', 'Check', 'require']
+__all__ = ['MAX_PIXELS', 'REGISTRY', 'kind', 'shape_of', 'decode', 'parse_name', 'DataSet', 'registry', 'layout', 'load', 'boxes',
+           'fetch', 'unpack', 'thumbnail', 'seen_as', 'near_pairs', 'check', 'Check', 'require']
 
 # %% ../nbs/02_data.ipynb #3ca58313
 MAX_PIXELS = 100_000_000   # a chest film has 4 to 12 million pixels; a picture that claims more than this is a mistake or an attack
@@ -53,11 +53,24 @@ def kind(
         if head[at:at + len(sign)] == sign: return name
     raise CourseError(f"not a picture: it starts with {head[:12]!r}", file, "the course reads PNG, JPEG, TIFF, DICOM, NIfTI and .npz; look at it in an editor, or download it again")
 
-# %% ../nbs/02_data.ipynb #87a72e3f
+# %% ../nbs/02_data.ipynb #3a5f3cea
 _SIGNS = (("png", b"\x89PNG\r\n\x1a\n", 0), ("jpeg", b"\xff\xd8\xff", 0), ("tiff", b"II*\0", 0), ("tiff", b"MM\0*", 0), ("dicom", b"DICM", 128),
           ("nifti", b"n+1\0", 344), ("nifti", b"n+2\0", 4), ("npz", b"PK\x03\x04", 0), ("dicom", b"\x08\0", 0))
 _AGAIN = "copy or download it again; `check(frame)` lists every bad file, skip_bad=True leaves them out"
-_BROKEN = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, AttributeError, NotImplementedError, OverflowError, RuntimeError, struct.error, zlib.error, zipfile.BadZipFile)
+_DAMAGE = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, AttributeError, NotImplementedError, OverflowError, RuntimeError, struct.error, zlib.error, zipfile.BadZipFile)
+
+def damage(
+    what: str, # a kind of file
+) -> tuple[type[Exception], ...]: # for `except`
+    "The exceptions with which the libraries answer to a damaged file of this kind: named, so that a mistake of ours is never taken for a bad file."
+    if what == "dicom":
+        from pydicom.errors import BytesLengthException, InvalidDicomError
+        return (*_DAMAGE, BytesLengthException, InvalidDicomError)
+    if what == "nifti":
+        from nibabel.filebasedimages import ImageFileError
+        from nibabel.spatialimages import HeaderDataError, ImageDataError
+        return (*_DAMAGE, ImageFileError, HeaderDataError, ImageDataError)
+    return _DAMAGE
 
 # %% ../nbs/02_data.ipynb #12efc62e
 def _flat(shape: Iterable[int], path) -> tuple[int, int]:
@@ -75,7 +88,7 @@ def _need(module: str, path):
     try: return importlib.import_module(module)
     except ImportError as e: raise CourseError(f"reading this file needs the package {module}", path, "pip install 'cxr-course[dicom]'") from e
 
-# %% ../nbs/02_data.ipynb #1997d775
+# %% ../nbs/02_data.ipynb #184e3e35
 def _pil(path: str, at_least, header: bool):
     from PIL import Image, ImageOps
     try: im = Image.open(path)
@@ -88,7 +101,7 @@ def _pil(path: str, at_least, header: bool):
         if getattr(im, "n_frames", 1) > 1: raise CourseError(f"{im.n_frames} pictures in one file", path, "save the one you mean as a file of its own")
         if at_least is not None: im.draft(im.mode, tuple(at_least) if turned in (5, 6, 7, 8) else tuple(at_least)[::-1])
         im.load()
-        return shape, ImageOps.exif_transpose(im) if turned != 1 else im.copy()
+        return shape, ImageOps.exif_transpose(im) if turned != 1 else im
 
 def _dicom(path: str, at_least, header: bool):
     ds = _need("pydicom", path).dcmread(path, stop_before_pixels=header, force=True)
@@ -109,7 +122,7 @@ def _nifti(path: str, at_least, header: bool):
     if not header: im.get_fdata(dtype=np.float32)
     return shape, im
 
-# %% ../nbs/02_data.ipynb #db522c63
+# %% ../nbs/02_data.ipynb #85c41885
 @lru_cache(maxsize=16)
 def _unzipped(file: str, key: str, changed: tuple) -> np.ndarray:
     "The array `key` of an .npz as a memory map, unzipped once into the cache."
@@ -132,7 +145,7 @@ def _open(path: str | Path, at_least, header: bool):
     opener = {"dicom": _dicom, "nifti": _nifti, "npz": _npz}.get(what, _pil)
     try: return opener(str(path), at_least, header)
     except CourseError: raise
-    except _BROKEN as e: raise CourseError(f"a damaged {what.upper()} file ({e or type(e).__name__})", path, _AGAIN) from e
+    except damage(what) as e: raise CourseError(f"a damaged {what.upper()} file ({e or type(e).__name__})", path, _AGAIN) from e
 
 # %% ../nbs/02_data.ipynb #da250a7f
 def shape_of(
@@ -225,6 +238,12 @@ REGISTRY = {d.name: d for d in (
     DataSet("covid", "COVID-QU-Ex", "covid", ("Normal", "Non-COVID", "COVID-19"), {}, 33920, None, "https://www.kaggle.com/dsv/3122958", licence="mixed terms of its sources", citation=_TAHIR,
             note="gathered from many sources; no patient is known; a public COVID set's 'normals' contain exactly the 1,341 normal children of the Kaggle training folder"),
 )}
+
+# %% ../nbs/02_data.ipynb #a24363b4
+def registry() -> pd.DataFrame: # one row a data set, to look at
+    "The main facts of all data sets as a table."
+    return pd.DataFrame([dict(name=d.name, title=d.title, layout=d.layout, labels=len(d.labels), films=d.films, patients=d.patients, licence=d.licence, fingerprint=d.hash[:12] + ".." if d.hash else None)
+                         for d in REGISTRY.values()]).astype({"films": "Int64", "patients": "Int64"})
 
 # %% ../nbs/02_data.ipynb #2001c2ab
 PICTURES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".dcm", ".dicom", ".nii", ".nii.gz")
@@ -352,11 +371,11 @@ def _official(base: Path) -> dict[str, str]:
     if (base / "lists.json").exists(): return {n: _SPLIT_NAMES[s] for s, names in json.loads((base / "lists.json").read_text()).items() for n in names}
     return {n: s for file, s in (("train_val_list.txt", "train"), ("test_list.txt", "test")) if (base / file).exists() for n in (base / file).read_text().split()}
 
-# %% ../nbs/02_data.ipynb #f87618de
+# %% ../nbs/02_data.ipynb #a0af0168
 def _rows_npz(path: Path) -> tuple[list[dict], list[str] | None]:
     try:
         with np.load(path, allow_pickle=False) as z: truth = {s: z[f"{s}_labels"] for s in ("train", "val", "test") if f"{s}_labels" in z and f"{s}_images" in z}
-    except _BROKEN as e: raise CourseError(f"a damaged NPZ file ({e})", path, _AGAIN) from e
+    except _DAMAGE as e: raise CourseError(f"a damaged NPZ file ({e})", path, _AGAIN) from e
     if not truth: raise CourseError("no arrays named train_images, train_labels and so on", path, "the .npz files of this course are laid out as MedMNIST's are")
     rows = []
     for s, y in truth.items():
@@ -629,11 +648,11 @@ def _pairs(digests: list[str], thumbs: list, near: bool) -> pd.DataFrame:
     close = near_pairs(seen_as(small), small)
     return pd.concat([exact, close.assign(a=lone[close["a"]], b=lone[close["b"]], equal=False)], ignore_index=True)
 
-# %% ../nbs/02_data.ipynb #c3ef40b3
+# %% ../nbs/02_data.ipynb #f480665b
 def _without_pixels(df: pd.DataFrame, against: str | None) -> list[dict]:
     "Problems that need no picture: splits, patients, counts."
     rows, names, said = [], classes(df), df["split"].notna()
-    add = lambda what, films, first="": rows.append(dict(problem=what, films=int(films), first=str(first)))
+    add = lambda what, films, first="": rows.append(dict(problem=what, count=int(films), first=str(first)))
     for s in ("train", "val", "test"):
         part = df[df["split"] == s]
         if s != "val" and said.any() and part.empty: add(f"the {s} split is empty", 0)
@@ -643,7 +662,7 @@ def _without_pixels(df: pd.DataFrame, against: str | None) -> list[dict]:
     who = df[df["patient"].notna()]
     if (n := df["patient"].isna().sum()): add("films without a patient", n, df.loc[df["patient"].isna(), "path"].iloc[0])
     split = who[who["split"].notna()].groupby("patient")["split"].transform("nunique")
-    if (split > 1).any(): add("patients in more than one split (val counts)", who.loc[split.index[split > 1], "patient"].nunique(), who.loc[split.index[split > 1], "patient"].iloc[0])
+    if (split > 1).any(): add("patients in more than one split", who.loc[split.index[split > 1], "patient"].nunique(), who.loc[split.index[split > 1], "patient"].iloc[0])
     if "label" in df:
         many = who.groupby("patient")["label"].nunique()
         if (many > 1).any(): add("patients with more than one label", (many > 1).sum(), f"patient {many.index[many > 1][0]}")
@@ -678,29 +697,31 @@ def check(
     if beside is not None: pairs = pairs[(pairs["meta_set_a"] == "this") | (pairs["meta_set_b"] == "this")].reset_index(drop=True)
     return Check(frame, _without_pixels(frame, against) + _with_pixels(bad, pairs, beside is not None), bad, pairs)
 
-# %% ../nbs/02_data.ipynb #64085367
+# %% ../nbs/02_data.ipynb #75a1e7d4
 def _with_pixels(bad: pd.DataFrame, pairs: pd.DataFrame, beside: bool) -> list[dict]:
     "Problems that only the pictures tell."
-    rows = [dict(problem="files that cannot be read", films=len(bad), first=bad["path"].iloc[0])] if len(bad) else []
-    differ = lambda c: pairs[f"{c}_a"].notna() & pairs[f"{c}_b"].notna() & (pairs[f"{c}_a"] != pairs[f"{c}_b"]) if f"{c}_a" in pairs else pd.Series(False, index=pairs.index)
+    rows = [dict(problem="files that cannot be read", count=len(bad), first=bad["path"].iloc[0])] if len(bad) else []
+    across = pairs["meta_set_a"] != pairs["meta_set_b"] if beside else pd.Series(False, index=pairs.index)
+    differ = lambda c: pairs[f"{c}_a"].notna() & pairs[f"{c}_b"].notna() & (pairs[f"{c}_a"] != pairs[f"{c}_b"]) & ~across if f"{c}_a" in pairs else across & False
     equal = pairs["equal"].astype(bool)
     for which, word in ((equal, "equal files"), (~equal, "the same picture in different files")):
-        if which.any(): rows.append(dict(problem=f"pairs: {word}", films=int(which.sum()), first=pairs.loc[which, "path_b"].iloc[0]))
-    for c, word in (("split", "in two splits"), ("label", "under two labels"), ("patient", "under two patients"), *([("meta_set", "in this set and in the one beside it")] if beside else [])):
-        if (d := differ(c)).any(): rows.append(dict(problem=f"pairs: one picture {word}", films=int(d.sum()), first=pairs.loc[d, "path_b"].iloc[0]))
+        if which.any(): rows.append(dict(problem=f"pairs: {word}", count=int(which.sum()), first=pairs.loc[which, "path_b"].iloc[0]))
+    for c, word in (("split", "in two splits"), ("label", "under two labels"), ("patient", "under two patients")):
+        if (d := differ(c)).any(): rows.append(dict(problem=f"pairs: one picture {word}", count=int(d.sum()), first=pairs.loc[d, "path_b"].iloc[0]))
+    if across.any(): rows.append(dict(problem="pairs: one picture in this set and in the one beside it", count=int(across.sum()), first=pairs.loc[across, "path_a"].iloc[0]))
     return rows
 
-# %% ../nbs/02_data.ipynb #94dff3fb
+# %% ../nbs/02_data.ipynb #a351de76
 class Check:
     "What `check` found: `.table`, `.bad` (files), `.pairs` (films that are one picture), `.figure()`, `.readable` (the frame without bad files)."
     def __init__(self,
         frame: pd.DataFrame, # the frame that was checked
-        problems: list[dict], # problem, films, first
+        problems: list[dict], # problem, count, first
         bad: pd.DataFrame, # path, error
         pairs: pd.DataFrame, # a, b, alike, equal, and path, split, label, patient of both
     ):
         self.frame, self.bad, self.pairs = frame, bad, pairs
-        self.table = pd.DataFrame(problems, columns=["problem", "films", "first"])
+        self.table = pd.DataFrame(problems, columns=["problem", "count", "first"])
 
     @property
     def readable(self) -> pd.DataFrame: return self.frame[~self.frame["path"].isin(self.bad["path"])].reset_index(drop=True)
@@ -711,8 +732,8 @@ class Check:
         if p.empty: raise CourseError("there is no pair to show", None, "look at .table")
         worth = sum((p[f"{c}_a"].astype(str) != p[f"{c}_b"].astype(str)).astype(int) for c in ("split", "label") if f"{c}_a" in p)
         rows = [p.loc[i] for i in worth.sort_values(ascending=False, kind="stable").index[:most]]
-        say = lambda r, s: f"{Path(str(r[f'path_{s}'])).name[:26]}\n{r[f'split_{s}'] or ''} {r.get(f'label_{s}', '')}"
-        return show_films([_square(r[f"path_{s}"]) for r in rows for s in "ab"], [say(r, s) for r in rows for s in "ab"], cols=2 * min(2, len(rows)), height=1.6)
+        say = lambda r, s: f"{str(r[f'path_{s}']).rsplit('/', 1)[-1].split('.')[0][-24:]}\n{r[f'split_{s}'] or ''} {r.get(f'label_{s}', '')}"
+        return show_films([_square(r[f"path_{s}"]) for r in rows for s in "ab"], [say(r, s) for r in rows for s in "ab"], cols=2 * min(2, len(rows)), height=1.9)
 
     def _shown(self):
         short = self.table.assign(first=[Path(f).name for f in self.table["first"]])
