@@ -1,0 +1,240 @@
+"""What chapter 06 promises and does not show: concurrency, changed files, odd inputs, the real set."""
+import errno
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from cxr_course import pipelines
+from cxr_course.core import CourseError, frame
+from cxr_course.pipelines import Normalizer, Store, build, stream
+
+REAL = Path(os.environ.get("CXR_COURSE_REAL_DATA") or Path(__file__).resolve().parents[2] / "shared" / "data")
+
+
+@pytest.fixture(autouse=True)
+def quiet(monkeypatch, tmp_path):
+    monkeypatch.setenv("CXR_COURSE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("CXR_COURSE_QUIET", "1")
+
+
+@pytest.fixture
+def films(tmp_path):
+    g, rows = np.random.default_rng(0), []
+    (tmp_path / "films").mkdir()
+    for i in range(40):
+        p = tmp_path / "films" / f"{i:02d}.png"
+        Image.fromarray(g.integers(0, 256, (24, 20), dtype=np.uint8)).save(p)
+        rows.append(dict(path=str(p), patient=f"p{i // 2}", split=("train", "train", "val", "test")[i // 2 % 4], label=("NORMAL", "PNEUMONIA")[i // 2 % 2]))
+    return frame(rows)
+
+
+def contents(folder): return {p.name: p.read_bytes() for p in Path(folder).iterdir()}
+
+
+def test_importing_does_not_bring_tensorflow():
+    subprocess.run([sys.executable, "-c", "import cxr_course.pipelines, sys; assert 'tensorflow' not in sys.modules and 'keras' not in sys.modules"], check=True)
+
+
+def test_row_order_labels_and_splits_do_not_matter_to_the_store(films):
+    a = build(films, (12, 10))
+    b = build(films.sample(frac=1, random_state=0).assign(split="test"), (12, 10))
+    assert a.folder == b.folder
+    for s in (a, b):
+        for i in (0, 17, 39): assert (s.take([i])[0] == np.round(pipelines.fit(pipelines.read(s.frame["path"][i]), (12, 10)) * 255)).all()
+
+
+def test_another_shape_or_a_changed_file_is_another_store(films):
+    a = build(films, (12, 10))
+    assert build(films, (10, 12)).folder != a.folder
+    Image.fromarray(np.zeros((24, 20), np.uint8)).save(films["path"][0])
+    os.utime(films["path"][0], ns=(1, 1))
+    b = build(films, (12, 10))
+    assert b.folder != a.folder and (b.take([0]) == 0).all()
+    with pytest.raises(CourseError, match="never overwritten"): build(films, (12, 10), a.folder)
+
+
+def test_the_same_film_twice_and_a_part_of_the_frame(films):
+    s = build(pd.concat([films, films.iloc[:5]], ignore_index=True), (12, 10))
+    assert len(s) == 45 and len(s.pixels) == 40 and (s.take(np.arange(40, 45)) == s.take(np.arange(5))).all()
+    assert (s.using(films.iloc[10:20]).images == s.take(np.arange(10, 20))).all()
+    with pytest.raises(CourseError, match="not in this store"): s.using(films.assign(path="elsewhere.png"))
+
+
+def test_threads_do_not_change_a_byte(films, tmp_path):
+    assert contents(build(films, (12, 10), tmp_path / "one", workers=1).folder) == contents(build(films, (12, 10), tmp_path / "many", workers=7).folder)
+
+
+CODE = """
+import sys, time, pandas as pd
+from cxr_course import core, pipelines
+pipelines.SHARD, real = 4, pipelines.read
+def slow(path): time.sleep(.02); return real(path)
+pipelines.read = slow
+pipelines.build(core.frame(pd.read_csv(sys.argv[1], dtype={"patient": str})), (12, 10), sys.argv[2], workers=2)
+"""
+
+
+@pytest.mark.parametrize("marks", [0, 1, 6])
+def test_killed_and_resumed_equals_one_go(films, tmp_path, monkeypatch, marks):
+    films.to_csv(tmp_path / "f.csv", index=False)
+    victim = subprocess.Popen([sys.executable, "-c", CODE, str(tmp_path / "f.csv"), str(tmp_path / "store")])
+    deadline = time.time() + 60
+    while len(list(tmp_path.glob(".store*.part/rows-*.csv"))) < marks or not list(tmp_path.glob(".store*.part/images.npy")):
+        assert time.time() < deadline and victim.poll() is None
+        time.sleep(.005)
+    victim.kill()
+    victim.wait()
+    assert not (tmp_path / "store").exists()
+    monkeypatch.setattr(pipelines, "SHARD", 4)
+    tried = []
+    monkeypatch.setattr(pipelines, "read", lambda p, real=pipelines.read: tried.append(p) or real(p))
+    resumed = build(films, (12, 10), tmp_path / "store")
+    assert len(tried) <= 40 - 4 * marks and not list(tmp_path.glob(".store*"))
+    monkeypatch.setattr(pipelines, "SHARD", 256)
+    assert contents(resumed.folder) == contents(build(films, (12, 10), tmp_path / "whole").folder)
+
+
+def test_killed_between_the_index_and_the_rename(films, tmp_path, monkeypatch):
+    real = os.replace
+    def stop(a, b):
+        if Path(b).name == "store": raise KeyboardInterrupt
+        return real(a, b)
+    monkeypatch.setattr(os, "replace", stop)
+    with pytest.raises(KeyboardInterrupt): build(films, (12, 10), tmp_path / "store")
+    monkeypatch.setattr(os, "replace", real)
+    monkeypatch.setattr(pipelines, "read", None)                 # nothing may be decoded again
+    assert len(build(films, (12, 10), tmp_path / "store")) == 40
+
+
+def test_full_disk_in_the_middle(films, tmp_path, monkeypatch):
+    monkeypatch.setattr(pipelines, "SHARD", 8)
+    real, times = pipelines._write, []
+    def full(*a):
+        times.append(1)
+        if len(times) == 3: raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(*a)
+    monkeypatch.setattr(pipelines, "_write", full)
+    with pytest.raises(CourseError, match="No space left on device.*store\n.*free some space"): build(films, (12, 10), tmp_path / "store")
+    assert not (tmp_path / "store").exists()
+    tried = []
+    monkeypatch.setattr(pipelines, "read", lambda p, real=pipelines.read: tried.append(p) or real(p))
+    assert len(build(films, (12, 10), tmp_path / "store")) == 40 and len(tried) == 24
+
+
+def test_a_disk_too_small_is_known_before_the_work(films, tmp_path, monkeypatch):
+    monkeypatch.setattr(pipelines.shutil, "disk_usage", lambda p: type("U", (), {"free": 100})())
+    with pytest.raises(CourseError, match="MB are free"): build(films, (12, 10), tmp_path / "new" / "store")
+    assert not list((tmp_path / "new").iterdir())
+
+
+@pytest.mark.skipif(os.geteuid() == 0 if hasattr(os, "geteuid") else True, reason="root may write anywhere")
+def test_read_only_folder(films, tmp_path):
+    (tmp_path / "locked").mkdir(mode=0o500)
+    with pytest.raises(CourseError, match="could not be written"): build(films, (12, 10), tmp_path / "locked" / "store")
+
+
+def test_a_folder_under_a_file(films, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CourseError, match="could not be written"): build(films, (12, 10), tmp_path / "file" / "store")
+
+
+def test_all_bad_films_in_one_error(films, tmp_path):
+    (tmp_path / "films" / "03.png").write_bytes(Path(films["path"][3]).read_bytes()[:200])
+    (tmp_path / "films" / "07.png").write_text("not a film")
+    (tmp_path / "films" / "11.png").write_bytes(b"")
+    (tmp_path / "films" / "13.png").unlink()
+    with pytest.raises(CourseError) as e: build(films, (12, 10), tmp_path / "store")
+    assert all(n in str(e.value) for n in ("4 of 40", "03.png", "07.png", "11.png", "13.png", "skip_bad=True")) and not (tmp_path / "store").exists()
+    s = build(films, (12, 10), tmp_path / "store", skip_bad=True)
+    assert len(s) == 36 and [Path(p).name for p in s.skipped["path"]] == ["03.png", "07.png", "11.png", "13.png"]
+    assert (s.take([3])[0] == np.round(pipelines.fit(pipelines.read(films["path"][4]), (12, 10)) * 255)).all()
+    with pytest.raises(CourseError, match="4 of 40"): build(films, (12, 10), tmp_path / "store")
+    assert len(s.using(films.drop([3, 7, 11, 13]))) == 36
+
+
+def test_two_builders_at_once(films, tmp_path):
+    for i in range(20):
+        with ThreadPoolExecutor(3) as pool: a, b, c = pool.map(lambda _: build(films, (12, 10), tmp_path / f"store{i}"), range(3))
+        assert (a.images == b.images).all() and (b.images == c.images).all() and not list(tmp_path.glob(".store*"))
+
+
+def test_pictures_inside_an_npz(tmp_path):
+    pytest.importorskip("cxr_course.data")
+    from cxr_course.data import load
+    g = np.random.default_rng(0)
+    x = {f"{s}_images": g.integers(0, 256, (6, 28, 28), dtype=np.uint8) for s in ("train", "val", "test")}
+    np.savez_compressed(tmp_path / "toy.npz", **x, **{f"{s}_labels": np.arange(6)[:, None] % 2 for s in ("train", "val", "test")})
+    s = build(load(tmp_path / "toy.npz"), (28, 28))
+    assert (s.take(s.rows("val")) == x["val_images"]).all() and s.labels("test").tolist() == [0, 1] * 3
+
+
+def test_unfinished_store_is_refused(tmp_path):
+    (tmp_path / "half").mkdir()
+    with pytest.raises(CourseError, match="no finished store"): Store(tmp_path / "half", frame([dict(path="a", label="x")]))
+
+
+def test_findings_keep_unknown(films):
+    s = build(films.drop(columns="label").assign(Effusion=[1., 0., None, 1.] * 10, Mass=0.), (12, 10))
+    y = s.labels("train")
+    assert y.shape == (20, 2) and np.isnan(y).sum() == s.frame[s.frame["split"] == "train"]["Effusion"].isna().sum() and y.dtype == np.float32
+    with pytest.raises(CourseError, match="have no label"): build(films.assign(label=films["label"].where(films.index > 3)), (12, 10)).labels("train")
+
+
+def test_normalizer_numbers(films):
+    s, x = build(films, (12, 10)), None
+    n, x = Normalizer("train").fit(s), s.array("train")
+    assert np.isclose(n.mean, x.mean(dtype=float), atol=1e-6) and np.isclose(n.std, x.std(dtype=float), atol=1e-6)
+    assert np.allclose(n(x).mean(), 0, atol=1e-4) and np.allclose(n(x).std(), 1, atol=1e-4)
+    f = Normalizer("film")(x)
+    assert np.allclose(f.mean((1, 2, 3)), 0, atol=1e-4) and np.allclose(f.std((1, 2, 3)), 1, atol=1e-3) and f.dtype == np.float32
+    assert np.isfinite(Normalizer("film")(np.zeros((2, 4, 4, 1), np.float32))).all()
+    for split in ("val", "test", None):
+        with pytest.raises(CourseError, match="never fitted"): Normalizer("train").fit(s, split)
+    with pytest.raises(CourseError, match="learns nothing"): Normalizer("fixed").fit(s)
+    with pytest.raises(CourseError, match="unknown normalisation"): Normalizer("magic")
+
+
+def test_keras_takes_the_stream(films):
+    keras = pytest.importorskip("keras")
+    s = build(films, (12, 10))
+    model = keras.Sequential([keras.Input((12, 10, 1)), keras.layers.Flatten(), keras.layers.Dense(1)])
+    model.compile("sgd", keras.losses.BinaryCrossentropy(from_logits=True))
+    done = model.fit(stream(s, "train", batch=8, shuffle=0), validation_data=stream(s, "val", batch=8), epochs=3, shuffle=False, verbose=0)
+    assert len(done.history["val_loss"]) == 3 and np.isfinite(done.history["loss"]).all()
+    model.fit(stream(s, "train", batch=8, shuffle=0, repeat=True), steps_per_epoch=5, epochs=2, shuffle=False, verbose=0)
+    assert model.predict(stream(s, "test", batch=7), verbose=0).shape == (len(s.rows("test")), 1)
+
+
+def test_stream_repeats_and_normalises(films):
+    s = build(films, (12, 10))
+    n = Normalizer("film")
+    x = np.concatenate([x for x, _ in stream(s, "val", batch=3, normalise=n)])
+    assert np.allclose(x, n(s.array("val")), atol=1e-6)
+    orders = [[y.numpy().tolist() for _, y in d] for d in [stream(s, "train", shuffle=5), stream(s, "train", shuffle=5), stream(s, "train", shuffle=6)]]
+    assert orders[0] == orders[1] and orders[0] != orders[2]
+    assert int(stream(s, "train", batch=8).cardinality()) == 3
+    endless = [len(x) for x, _ in stream(s, "train", batch=8, shuffle=0, repeat=True).take(7)]
+    assert endless == [8, 8, 4, 8, 8, 4, 8]
+    assert sum(len(x) for x, _ in stream(s, None)) == 40
+
+
+@pytest.mark.skipif(not (REAL / "kaggle").exists(), reason=f"the real data are not at {REAL} (set CXR_COURSE_REAL_DATA)")
+def test_the_real_kaggle_folder_killed_half_way(tmp_path):
+    from cxr_course.data import load
+    f = load(REAL / "kaggle" / "chest_xray", sizes=False)
+    f.to_csv(tmp_path / "f.csv", index=False)
+    code = "import sys, pandas as pd; from cxr_course import core, pipelines; pipelines.build(core.frame(pd.read_csv(sys.argv[1], dtype={'patient': str, 'study': str, 'cause': str})), (64, 64), sys.argv[2])"
+    victim = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "f.csv"), str(tmp_path / "store")])
+    while len(list(tmp_path.glob(".store*.part/rows-*.csv"))) < 8: assert victim.poll() is None; time.sleep(.01)
+    victim.kill()
+    victim.wait()
+    s = build(f, (64, 64), tmp_path / "store")
+    assert len(s) == 5232 and contents(s.folder) == contents(build(f, (64, 64), tmp_path / "whole").folder)
