@@ -32,8 +32,8 @@ from .core import CourseError, atomic, cache_dir, classes, findings, frame, prog
 from .phantom import FINDINGS, sample
 
 # %% auto #0
-__all__ = ['MAX_PIXELS', 'REGISTRY', 'kind', 'shape_of', 'decode', 'parse_name', 'DataSet', 'registry', 'layout', 'load', 'boxes',
-           'fetch', 'unpack', 'thumbnail', 'seen_as', 'near_pairs', 'check', 'Check', 'require']
+__all__ = ['MAX_PIXELS', 'REGISTRY', 'kind', 'damage', 'shape_of', 'decode', 'parse_name', 'DataSet', 'registry', 'layout',
+           'load', 'boxes', 'fetch', 'unpack', 'thumbnail', 'seen_as', 'near_pairs', 'check', 'Check', 'require']
 
 # %% ../nbs/02_data.ipynb #3ca58313
 MAX_PIXELS = 100_000_000   # a chest film has 4 to 12 million pixels; a picture that claims more than this is a mistake or an attack
@@ -53,12 +53,13 @@ def kind(
         if head[at:at + len(sign)] == sign: return name
     raise CourseError(f"not a picture: it starts with {head[:12]!r}", file, "the course reads PNG, JPEG, TIFF, DICOM, NIfTI and .npz; look at it in an editor, or download it again")
 
-# %% ../nbs/02_data.ipynb #3a5f3cea
+# %% ../nbs/02_data.ipynb #8a428dcd
 _SIGNS = (("png", b"\x89PNG\r\n\x1a\n", 0), ("jpeg", b"\xff\xd8\xff", 0), ("tiff", b"II*\0", 0), ("tiff", b"MM\0*", 0), ("dicom", b"DICM", 128),
           ("nifti", b"n+1\0", 344), ("nifti", b"n+2\0", 4), ("npz", b"PK\x03\x04", 0), ("dicom", b"\x08\0", 0))
 _AGAIN = "copy or download it again; `check(frame)` lists every bad file, skip_bad=True leaves them out"
 _DAMAGE = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, AttributeError, NotImplementedError, OverflowError, RuntimeError, struct.error, zlib.error, zipfile.BadZipFile)
 
+# %% ../nbs/02_data.ipynb #db3861e5
 def damage(
     what: str, # a kind of file
 ) -> tuple[type[Exception], ...]: # for `except`
@@ -147,13 +148,14 @@ def _open(path: str | Path, at_least, header: bool):
     except CourseError: raise
     except damage(what) as e: raise CourseError(f"a damaged {what.upper()} file ({e or type(e).__name__})", path, _AGAIN) from e
 
-# %% ../nbs/02_data.ipynb #da250a7f
+# %% ../nbs/02_data.ipynb #bebeda0d
 def shape_of(
     path: str | Path, # a picture file
 ) -> tuple[int, int]: # height and width in pixels
     "The size of a picture, read from its header alone: nothing is decoded."
     return _open(path, None, header=True)[0]
 
+# %% ../nbs/02_data.ipynb #1de6a4a0
 def decode(
     path: str | Path, # a picture file
     at_least: tuple[int, int] | None = None, # (h, w): a large JPEG may be decoded at 1/2, 1/4 or 1/8 of its size, but not below this
@@ -582,21 +584,22 @@ def _ballast(name: str, names: set[str]) -> bool:
     if "__MACOSX" in parts or parts[-1].startswith("._") or parts[-1] in (".DS_Store", "Thumbs.db"): return True
     return any(a == b and "/".join(parts[:i] + parts[i + 1:]) in names for i, (a, b) in enumerate(zip(parts, parts[1:])))
 
-# %% ../nbs/02_data.ipynb #04087811
+# %% ../nbs/02_data.ipynb #84c19167
 def thumbnail(
     path: str | Path, # a picture file; it is decoded completely, so a damaged one raises
 ) -> np.ndarray: # (32, 32) uint8
     "A film shrunk to 32 x 32, for comparing."
     from PIL import Image
-    it = decode(path, at_least=(64, 64))
+    it = decode(path, at_least=(128, 128))
     if hasattr(it, "mode") and it.mode not in ("I", "F") and not it.mode.startswith("I;"): small = it.convert("L")
     else:
         x = np.asarray(it if isinstance(it, np.ndarray) or hasattr(it, "mode") else it.pixel_array if hasattr(it, "Rows") else np.squeeze(it.get_fdata(dtype=np.float32)).T, np.float32)
         x = x[..., 1] if x.ndim == 3 else x
         if hasattr(it, "Rows") and it.PhotometricInterpretation == "MONOCHROME1": x = -x
         small = Image.fromarray((255 * (x - x.min()) / (np.ptp(x) or 1)).astype(np.uint8))
-    return np.asarray(small.resize((32, 32), Image.Resampling.BOX))
+    return np.asarray(small.resize((32, 32), Image.Resampling.BILINEAR))
 
+# %% ../nbs/02_data.ipynb #db48b964
 def seen_as(
     thumbs: np.ndarray, # (n, 32, 32) uint8
 ) -> np.ndarray: # (n,) uint64, 63 of whose bits are used
@@ -606,12 +609,12 @@ def seen_as(
     waves[:, 0] = -np.inf                                                    # the mean brightness does not count
     return np.packbits(waves > np.median(waves[:, 1:], axis=1, keepdims=True), axis=1).view(np.uint64)[:, 0]
 
-# %% ../nbs/02_data.ipynb #000b0514
+# %% ../nbs/02_data.ipynb #38903486
 def near_pairs(
     codes: np.ndarray, # (n,) uint64 from `seen_as`
     thumbs: np.ndarray, # (n, 32, 32) uint8
     distance: int = 8, # answers that may differ
-    alike: float = .99, # smallest correlation of the thumbnails
+    alike: float = .998, # smallest correlation of the thumbnails
 ) -> pd.DataFrame: # one row a pair: `a`, `b` (a < b), `alike`, most alike first
     "Films that show the same picture though their files differ."
     z = thumbs.reshape(len(thumbs), -1).astype(np.float32)

@@ -43,7 +43,7 @@ def _one_channel(rgb: np.ndarray, path) -> np.ndarray:
     r, g, b = (rgb[..., i].astype(np.int32) for i in range(3))
     return _if_grey(rgb[..., 1], float((np.maximum(abs(r - g), abs(g - b)) > 16 / 255 * max(255, int(rgb.max()))).mean()), path)
 
-# %% ../nbs/04_images.ipynb #b5e29a26
+# %% ../nbs/04_images.ipynb #0081b873
 def window(
     x: np.ndarray, # values after the modality step
     centre: float, # the value shown as mid-grey
@@ -53,7 +53,7 @@ def window(
     "The display window of DICOM (PS3.3 C.11.2.1.2 and .3): what is below is black, what is above is white."
     x = np.asarray(x, dtype=np.float32)
     if width <= 0 or (shape == "LINEAR" and width < 1): raise CourseError(f"a display window of width {width}", None, "the width must be positive, and at least 1 for LINEAR")
-    if shape == "SIGMOID": return 1 / (1 + np.exp(-4 * (x - centre) / width))
+    if shape == "SIGMOID": return .5 + .5 * np.tanh(2 * (x - centre) / width)                  # the same as 1 / (1 + exp(-4 (x - centre) / width)), and never overflows
     if shape == "LINEAR_EXACT": return np.clip((x - centre) / width + .5, 0, 1)
     if shape != "LINEAR": raise CourseError(f"unknown window function {shape!r}", None, "LINEAR, LINEAR_EXACT or SIGMOID")
     if width == 1: return (x > centre - .5).astype(np.float32)
@@ -73,7 +73,7 @@ def _range(x: np.ndarray, keep: np.ndarray | bool = True) -> np.ndarray:
     if not inside.size: raise ValueError("no finite values")
     return _span(x, float(inside.min()), float(inside.max()))
 
-# %% ../nbs/04_images.ipynb #573fca94
+# %% ../nbs/04_images.ipynb #61f88857
 def dicom_values(
     ds, # a pydicom data set with a picture
     path: str | Path = "the picture", # for the message
@@ -85,6 +85,7 @@ def dicom_values(
     if ds.PhotometricInterpretation == "PALETTE COLOR": raise CourseError("a DICOM file in false colours", path, "an X-ray film is grey; export it without the palette")
     return apply_modality_lut(x, ds)
 
+# %% ../nbs/04_images.ipynb #aa84f005
 def dicom_display(
     x: np.ndarray, # values after the modality step
     ds, # the data set they come from
@@ -98,68 +99,7 @@ def dicom_display(
     padding = ds.get("PixelPaddingValue")
     return _range(x, padding is None or ds.pixel_array != padding)
 
-def bones_dark(
-    ds, # a pydicom data set
-) -> bool: # whether the smallest value is to be shown white
-    "Step 4: does the file ask to be shown inverted? Asked in two ways, it is still one inversion."
-    return ds.get("PhotometricInterpretation") == "MONOCHROME1" or ds.get("PresentationLUTShape") == "INVERSE"
-
-# %% ../nbs/04_images.ipynb #573fca02
-def dicom_values(
-    ds, # a pydicom data set with a picture
-    path: str | Path = "the picture", # for the message
-) -> np.ndarray: # (h, w), in the unit the modality step gives
-    "Steps 1 and 2: the stored numbers, decoded, through the modality LUT (a table, or slope and intercept)."
-    from pydicom.pixels import apply_modality_lut
-    x = ds.pixel_array
-    if ds.get("SamplesPerPixel", 1) == 3: x = _one_channel(x, path)
-    if ds.PhotometricInterpretation == "PALETTE COLOR": raise CourseError("a DICOM file in false colours", path, "an X-ray film is grey; export it without the palette")
-    return apply_modality_lut(x, ds)
-
-def dicom_display(
-    x: np.ndarray, # values after the modality step
-    ds, # the data set they come from
-) -> np.ndarray: # float32 in [0, 1], before the polarity step
-    "Step 3: the VOI LUT if the file has one, else its window, else all there is."
-    if "VOILUTSequence" in ds and ds.VOILUTSequence[0].get("LUTData") is not None:
-        from pydicom.pixels import apply_voi
-        return _span(apply_voi(x, ds), 0, 2 ** int(ds.VOILUTSequence[0].LUTDescriptor[2]) - 1)
-    if ds.get("WindowCenter") is not None and ds.get("WindowWidth") is not None:
-        return window(x, float(_first(ds.WindowCenter)), float(_first(ds.WindowWidth)), str(ds.get("VOILUTFunction") or "LINEAR"))
-    padding = ds.get("PixelPaddingValue")
-    return _range(x, padding is None or ds.pixel_array != padding)
-
-def bones_dark(
-    ds, # a pydicom data set
-) -> bool: # whether the smallest value is to be shown white
-    "Step 4: does the file ask to be shown inverted? Asked in two ways, it is still one inversion."
-    return ds.get("PhotometricInterpretation") == "MONOCHROME1" or ds.get("PresentationLUTShape") == "INVERSE"
-
-# %% ../nbs/04_images.ipynb #573fca03
-def dicom_values(
-    ds, # a pydicom data set with a picture
-    path: str | Path = "the picture", # for the message
-) -> np.ndarray: # (h, w), in the unit the modality step gives
-    "Steps 1 and 2: the stored numbers, decoded, through the modality LUT (a table, or slope and intercept)."
-    from pydicom.pixels import apply_modality_lut
-    x = ds.pixel_array
-    if ds.get("SamplesPerPixel", 1) == 3: x = _one_channel(x, path)
-    if ds.PhotometricInterpretation == "PALETTE COLOR": raise CourseError("a DICOM file in false colours", path, "an X-ray film is grey; export it without the palette")
-    return apply_modality_lut(x, ds)
-
-def dicom_display(
-    x: np.ndarray, # values after the modality step
-    ds, # the data set they come from
-) -> np.ndarray: # float32 in [0, 1], before the polarity step
-    "Step 3: the VOI LUT if the file has one, else its window, else all there is."
-    if "VOILUTSequence" in ds and ds.VOILUTSequence[0].get("LUTData") is not None:
-        from pydicom.pixels import apply_voi
-        return _span(apply_voi(x, ds), 0, 2 ** int(ds.VOILUTSequence[0].LUTDescriptor[2]) - 1)
-    if ds.get("WindowCenter") is not None and ds.get("WindowWidth") is not None:
-        return window(x, float(_first(ds.WindowCenter)), float(_first(ds.WindowWidth)), str(ds.get("VOILUTFunction") or "LINEAR"))
-    padding = ds.get("PixelPaddingValue")
-    return _range(x, padding is None or ds.pixel_array != padding)
-
+# %% ../nbs/04_images.ipynb #f3a234de
 def bones_dark(
     ds, # a pydicom data set
 ) -> bool: # whether the smallest value is to be shown white
@@ -255,7 +195,7 @@ def resize(
     x = x if x.dtype == np.uint8 else np.asarray(x, np.float32)
     return np.asarray(Image.fromarray(np.ascontiguousarray(x)).resize((shape[1], shape[0]), Image.Resampling.BILINEAR, reducing_gap=2.))
 
-# %% ../nbs/04_images.ipynb #8d3fa4fe
+# %% ../nbs/04_images.ipynb #50ab2460
 def fit(
     x: np.ndarray, # (h, w) picture or mask
     shape: tuple[int, int], # (h, w) wanted
@@ -263,6 +203,7 @@ def fit(
     "Crop, then resize: the way every film of this course reaches a network."
     return resize(crop_to_aspect(x, shape[0] / shape[1]), shape)
 
+# %% ../nbs/04_images.ipynb #e027fe20
 def letterbox(
     x: np.ndarray, # (h, w) picture or mask
     shape: tuple[int, int], # (h, w) wanted
