@@ -33,7 +33,8 @@ from .phantom import FINDINGS, sample
 
 # %% auto #0
 __all__ = ['MAX_PIXELS', 'REGISTRY', 'kind', 'damage', 'shape_of', 'decode', 'parse_name', 'DataSet', 'registry', 'layout',
-           'load', 'boxes', 'fetch', 'unpack', 'thumbnail', 'seen_as', 'near_pairs', 'check', 'Check', 'require']
+           'load', 'boxes', 'relabelled', 'fetch', 'unpack', 'thumbnail', 'seen_as', 'near_pairs', 'check', 'Check',
+           'require']
 
 # %% ../nbs/02_data.ipynb #3ca58313
 MAX_PIXELS = 100_000_000   # a chest film has 4 to 12 million pixels; a picture that claims more than this is a mistake or an attack
@@ -373,7 +374,7 @@ def _official(base: Path) -> dict[str, str]:
     if (base / "lists.json").exists(): return {n: _SPLIT_NAMES[s] for s, names in json.loads((base / "lists.json").read_text()).items() for n in names}
     return {n: s for file, s in (("train_val_list.txt", "train"), ("test_list.txt", "test")) if (base / file).exists() for n in (base / file).read_text().split()}
 
-# %% ../nbs/02_data.ipynb #a0af0168
+# %% ../nbs/02_data.ipynb #d25a2808
 def _rows_npz(path: Path) -> tuple[list[dict], list[str] | None]:
     try:
         with np.load(path, allow_pickle=False) as z: truth = {s: z[f"{s}_labels"] for s in ("train", "val", "test") if f"{s}_labels" in z and f"{s}_images" in z}
@@ -394,6 +395,8 @@ def _rows_csv(file: Path, columns: dict[str, str]) -> pd.DataFrame:
     df = df.rename(columns=columns)
     if "path" not in df: raise CourseError("the table has no column 'path'", file, f"its columns are {', '.join(map(str, df))}; say which holds the file names: columns={{'{df.columns[0]}': 'path'}}")
     if df["path"].isna().any(): raise CourseError("a row names no file", f"{file}, row {int(np.argmax(df['path'].isna())) + 2}", "fill it or remove the row")
+    if "split" in df: df["split"] = df["split"].map(lambda s: _SPLIT_NAMES.get(str(s).lower(), s), na_action="ignore")
+    if "label" in df: df["label"] = df["label"].map(str, na_action="ignore")
     return df.assign(path=[str(p if Path(p).is_absolute() else file.parent / p) for p in df["path"]])
 
 def _rows_dicom(root: Path) -> pd.DataFrame:
@@ -473,6 +476,20 @@ def boxes(
     if not found: raise CourseError("no table of boxes here", path, "it is called BBox_List_2017.csv")
     df = pd.read_csv(found[0]).iloc[:, :6].set_axis(["name", "finding", "x", "y", "width", "height"], axis=1)
     return df.assign(finding=df["finding"].replace("Infiltrate", "Infiltration"))
+
+# %% ../nbs/02_data.ipynb #77918925
+def relabelled(
+    path: str | Path, # an NIH folder, or the table itself
+) -> pd.DataFrame: # a frame with four findings; `path` is the film's name, or where it lies if it is in the folder
+    "The subset of NIH's films that radiologists read again."
+    path = Path(path)
+    found = [path] if path.is_file() else [t for t in _tables(_root(_there(path))) if "Fracture" in _head(t)]
+    if not found: raise CourseError("no table of films that were read again", path, "it has the columns Fracture, Pneumothorax, Airspace opacity and Nodule or mass")
+    rows, base = pd.read_csv(found[0]), found[0].parent.parent if found[0].parent.name == "labels" else found[0].parent
+    films = {p.name: str(p) for p in base.rglob("*.png")}
+    df = pd.DataFrame({"path": rows["Image Index"].map(lambda n: films.get(n, n)), "patient": rows["Patient ID"].astype(str).str.zfill(8), "split": rows["Set Id"].map(_SPLIT_NAMES)})
+    for c in ("Fracture", "Pneumothorax", "Airspace opacity", "Nodule or mass"): df[c] = rows[c].map({"YES": 1., "NO": 0.})
+    return frame(df)
 
 # %% ../nbs/02_data.ipynb #ef58cd7b
 def fetch(

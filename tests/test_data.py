@@ -156,6 +156,13 @@ def test_a_csv_of_ones_own(tmp_path, film):
     with pytest.raises(CourseError, match="1, 0 or missing"): data.load(tmp_path / "t.csv")
 
 
+def test_numbers_as_labels_and_other_names_of_splits(tmp_path, film):
+    folders(tmp_path, film, "1.jpeg", "2.jpeg")
+    (tmp_path / "t.csv").write_text("path,label,split\n1.jpeg,1,valid\n2.jpeg,0,Training\n")
+    f = data.load(tmp_path / "t.csv")
+    assert classes(f) == ["0", "1"] and f["split"].tolist() == ["val", "train"]
+
+
 @pytest.mark.parametrize("text, words", [("", "cannot be read"), ("path,label\n", "no pictures"), ("path,label\n,NORMAL\n", "names no file"), ("file,label\na.png,NORMAL\n", "no column 'path'(.|\n)*columns=")])
 def test_tables_that_cannot_be_used(tmp_path, text, words):
     (tmp_path / "t.csv").write_text(text)
@@ -473,6 +480,12 @@ def test_real_nih(real_data):
     assert f["split"].value_counts().to_dict() == {"train": 600, "val": 200} and (f[["height", "width"]] == 64).all(axis=None) and f["patient"].notna().all()
     b = data.boxes(real_data / "nih" / "labels" / "BBox_List_2017.csv.gz")
     assert (len(b), b["name"].nunique(), b["finding"].nunique()) == (984, 880, 8) and set(b["finding"]) <= set(FINDINGS)
+
+
+def test_real_films_read_again(real_data):
+    r = data.relabelled(real_data / "nih")
+    assert len(r) == r["path"].nunique() and findings(r) == ["Fracture", "Pneumothorax", "Airspace opacity", "Nodule or mass"]
+    assert data.layout(real_data / "nih" / "labels" / "google2019_nih-chest-xray-labels.csv.gz") == "csv"
 
 
 def test_real_covid_and_the_children_in_it(real_data):
