@@ -24,7 +24,8 @@ __all__ = ['AGES', 'checked', 'auc', 'roc', 'precision_recall', 'average_precisi
            'resampled_precision', 'Estimate', 'interval', 'left_out_auc', 'delong', 'auc_interval', 'compare', 'aucs',
            'wilson', 'share', 'decide', 'confusion', 'eight', 'operating_points', 'ratio', 'by_class', 'errors',
            'roc_band', 'plot_roc', 'plot_pr', 'plot_confusion', 'plot_probabilities', 'plot_jitter', 'plot_ternary',
-           'bands', 'by_size', 'plot_size', 'subgroups', 'plot_forest', 'evaluate', 'embed', 'Report', 'report']
+           'bands', 'by_size', 'plot_size', 'plot_shapes', 'subgroups', 'plot_forest', 'evaluate', 'embed', 'Report',
+           'report']
 
 # %% ../nbs/07_evaluation.ipynb #fb0bd902
 def checked(
@@ -316,7 +317,7 @@ def aucs(
         rows.append(dict(name="macro", **est._replace(note=f"mean of {len(draws)} of {len(asked)}")._asdict(), positives=pd.NA, negatives=pd.NA))
     return pd.DataFrame(rows).set_index("name")
 
-# %% ../nbs/07_evaluation.ipynb #1800cd23
+# %% ../nbs/07_evaluation.ipynb #99e09f6f
 def wilson(
     hits: float, # how many
     n: float, # of how many
@@ -326,7 +327,7 @@ def wilson(
     if not n: return Estimate(float("nan"), note="nothing to count")
     z, p = norm.ppf((1 + level) / 2), hits / n
     middle, half = (p + z * z / (2 * n)) / (1 + z * z / n), z * np.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-    return Estimate(float(p), float(max(0., middle - half)), float(min(1., middle + half)))
+    return Estimate(float(p), float(max(0., min(p, middle - half))), float(min(1., max(p, middle + half))))
 
 # %% ../nbs/07_evaluation.ipynb #13972d96
 def share(
@@ -470,7 +471,7 @@ def roc_band(
     low, high = np.quantile(curves, [(1 - level) / 2, (1 + level) / 2], axis=0)
     return grid, low, high
 
-# %% ../nbs/07_evaluation.ipynb #0aefb58a
+# %% ../nbs/07_evaluation.ipynb #228947e5
 def plot_roc(
     predictions: pd.DataFrame, # a frame of predictions
     threshold: float | None = None, # marked on the curve of two classes
@@ -494,10 +495,11 @@ def plot_roc(
             point = eight(y, s, threshold)
             ax.plot(1 - point["tn"] / max(point["tn"] + point["fp"], 1), point["recall"], "o", color=PALETTE[3], ms=7, label=f"threshold {threshold:.3g}")
     ax.set(xlabel="false positive rate (1 - specificity)", ylabel="sensitivity", xlim=(-.01, 1.01), ylim=(-.01, 1.01), aspect="equal", title="ROC")
-    ax.legend(fontsize=7, loc="lower right", frameon=False)
+    if ax.get_legend_handles_labels()[0]: ax.legend(fontsize=7, loc="lower right", frameon=False)
+    else: ax.text(.5, .5, "no AUC: a class is absent", ha="center", va="center", color="0.4")
     return ax.figure
 
-# %% ../nbs/07_evaluation.ipynb #6c49f9d3
+# %% ../nbs/07_evaluation.ipynb #a2d2ddad
 def plot_pr(
     predictions: pd.DataFrame, # a frame of predictions
     ax=None, # a matplotlib Axes to draw on
@@ -510,10 +512,10 @@ def plot_pr(
         ax.step(np.r_[0, recall], np.r_[precision[0], precision], where="pre", color=colour, lw=1.6, label=f"{name}: AP {average_precision(y, s):.3f}")
         ax.axhline(np.nanmean(y), color=colour, lw=.8, ls=":")
     ax.set(xlabel="recall (sensitivity)", ylabel="precision", xlim=(-.01, 1.01), ylim=(-.01, 1.03), aspect="equal", title="Precision and recall (dotted: guessing)")
-    ax.legend(fontsize=7, loc="lower left", frameon=False)
+    if ax.get_legend_handles_labels()[0]: ax.legend(fontsize=7, loc="lower left", frameon=False)
     return ax.figure
 
-# %% ../nbs/07_evaluation.ipynb #02db7b46
+# %% ../nbs/07_evaluation.ipynb #d9ffe08b
 def plot_confusion(
     counts: pd.DataFrame, # from `confusion`
     ax=None, # a matplotlib Axes to draw on
@@ -524,13 +526,13 @@ def plot_confusion(
     ax.imshow(np.nan_to_num(part), cmap="Blues", vmin=0, vmax=1)
     for i, j in np.ndindex(part.shape):
         text = f"{counts.iat[i, j]}" + (f"\n{part[i, j]:.0%}" if part[i, j] == part[i, j] else "")
-        ax.text(j, i, text, ha="center", va="center", color="white" if part[i, j] > .55 else "black", fontsize=10)
+        ax.text(j, i, text, ha="center", va="center", color="white" if part[i, j] > .65 else "black", fontsize=10)
     ax.set(xticks=range(len(counts)), yticks=range(len(counts)), xticklabels=counts.columns, xlabel="the model says", ylabel="the truth is", title="Films, and share of the true class")
     ax.set_yticklabels(counts.index, rotation=90, va="center")
     ax.tick_params(length=0)
     return ax.figure
 
-# %% ../nbs/07_evaluation.ipynb #88497b68
+# %% ../nbs/07_evaluation.ipynb #04735528
 def plot_probabilities(
     predictions: pd.DataFrame, # a frame of predictions with a label
     threshold: float | None = None, # drawn if given
@@ -546,7 +548,7 @@ def plot_probabilities(
         if len(values): ax.hist(values, edges, weights=np.full(len(values), 1 / len(values)), histtype="step", lw=1.5, color=colour, label=f"{c} ({len(values)} films)")
     if threshold is not None and len(names) == 2: ax.axvline(threshold, color="black", lw=1, ls="--", label=f"threshold {threshold:.3g}")
     ax.set(xlabel=f"probability of {names[-1]}" if len(names) == 2 else f"probability of not {names[0]}", ylabel="share of the class", xlim=(0, 1), title="Probability by true class")
-    ax.legend(fontsize=7, frameon=False)
+    if ax.get_legend_handles_labels()[0]: ax.legend(fontsize=7, edgecolor="none", framealpha=.85)
     return ax.figure
 
 # %% ../nbs/07_evaluation.ipynb #347231d0
@@ -618,7 +620,7 @@ def by_size(
     rows = {g: dict(films=len(i), accuracy=share(hit[i], keys[i])) for g, i in known.groupby(bands(known, "size"), observed=True).groups.items()}
     return pd.DataFrame.from_dict(rows, orient="index", columns=["films", "accuracy"]).rename_axis("side")
 
-# %% ../nbs/07_evaluation.ipynb #587f9630
+# %% ../nbs/07_evaluation.ipynb #c7644c94
 def plot_size(
     predictions: pd.DataFrame, # a frame of predictions with a label
     threshold: float | None = None, # for two classes
@@ -628,10 +630,25 @@ def plot_size(
     "Accuracy by quarter of the original size, with intervals."
     ax, rows = _axes(ax, (4.8, 3.2)), by_size(predictions, threshold, unknown)
     for i, est in enumerate(rows["accuracy"]):
-        ax.errorbar(i, est.value, [[est.value - est.low], [est.high - est.value]], fmt="o", color=PALETTE[0], capsize=4)
+        if not np.isnan(est.value): ax.errorbar(i, est.value, [[max(est.value - est.low, 0)], [max(est.high - est.value, 0)]], fmt="o", color=PALETTE[0], capsize=4)
     if rows.empty: ax.text(.5, .5, "all films have one size,\nor nobody kept it", ha="center", va="center", transform=ax.transAxes, color="0.4")
     ax.set(xticks=range(len(rows)), xticklabels=[f"{g.removesuffix(' px')}\n{n} films" for g, n in rows["films"].items()], ylabel="accuracy", xlabel="square root of height times width (px)", title="Accuracy by original size")
     ax.tick_params(axis="x", labelsize=8)
+    return ax.figure
+
+# %% ../nbs/07_evaluation.ipynb #670cf0d8
+def plot_shapes(
+    predictions: pd.DataFrame, # a frame of predictions with a label
+    threshold: float | None = None, # for two classes
+    ax=None, # a matplotlib Axes to draw on
+): # the matplotlib Figure
+    "Height against width of every original film, right and wrong predictions apart."
+    ax, known = _axes(ax, (4.6, 3.6)), predictions[predictions["label"].notna() & predictions["height"].notna()]
+    right = (decide(known, threshold) == known["label"]).to_numpy()
+    for of, colour, mark, name in ((right, "0.65", "o", "right"), (~right, PALETTE[3], "x", "wrong")):
+        ax.scatter(known["width"].astype(float)[of], known["height"].astype(float)[of], s=14, color=colour, marker=mark, lw=1 if mark == "x" else 0, alpha=.7, label=f"{name} ({of.sum()} films)")
+    ax.set(xlabel="width (px)", ylabel="height (px)", aspect="equal", title="Right and wrong by original size")
+    ax.legend(fontsize=7, edgecolor="none", framealpha=.85)
     return ax.figure
 
 # %% ../nbs/07_evaluation.ipynb #20797e4e
@@ -725,23 +742,13 @@ def evaluate(
             for metric in ("precision", "recall", "f1"): add(c, metric, r[metric])
     return pd.DataFrame(rows)
 
-# %% ../nbs/07_evaluation.ipynb #3e91c3fb
-def embed(
-    drawing, # a matplotlib Figure, or the bytes of a PNG
-    alt: str, # what it shows, for those who cannot see it
-    dpi: int = 110, # resolution
-) -> str: # HTML
-    "A figure as part of a page, with nothing to load from anywhere."
-    png = drawing if isinstance(drawing, bytes) else _png(drawing, dpi)
-    return f"<img alt='{html.escape(alt, quote=True)}' style='max-width:100%' src='data:image/png;base64,{base64.b64encode(png).decode()}'>"
-
-# %% ../nbs/07_evaluation.ipynb #c31b80d0
+# %% ../nbs/07_evaluation.ipynb #9b933653
 def _grouped_by(keys):
     "In words: what the intervals resample."
     kinds = keys.str.split(":").str[0].value_counts()
     if set(kinds.index) == {"patient"}: return "by patient"
     named = {"patient": "patients", "study": "examinations of unknown patients", "film": "single films of unknown patients"}
-    return "NOT purely by patient: " + ", ".join(f"{keys[keys.str.startswith(k + ':')].nunique()} {named[k]}" for k in named if k in kinds) + " were taken as independent of each other"
+    return "NOT purely by patient: " + " and ".join(f"{keys[keys.str.startswith(k + ':')].nunique()} {named[k]}" for k in named if k in kinds) + " were taken as independent of each other"
 
 def _notes(predictions, threshold, keys, values):
     p, asked, notes = predictions, questions(predictions), []
@@ -764,7 +771,7 @@ def _tied(y, s):
     below = np.searchsorted(np.sort(s[~pos]), s[pos], "left")
     return float(2 * (won - below).sum() / (pos.sum() * (~pos).sum()))
 
-# %% ../nbs/07_evaluation.ipynb #84864ad5
+# %% ../nbs/07_evaluation.ipynb #86cd3cd3
 def _percent(e):
     if np.isnan(e.value): return f"an unknown share ({e.note})"
     return f"{100 * e.value:.1f} %" + (f" (95 % interval {100 * e.low:.1f} to {100 * e.high:.1f} %)" if e.low == e.low else " (interval unknown)")
@@ -789,10 +796,10 @@ def _sentences(r):
     else:
         best = r.values[(r.values["metric"] == "AUC") & (r.values["of"] != "macro")].dropna(subset=["value"]).sort_values("value")
         out += [f"Averaged over the findings ({v['macro', 'AUC'].note}), the AUC is {v['macro', 'AUC']}.",
-                *([f"It is best at {best['of'].iloc[-1]} ({best['value'].iloc[-1]:.3f}) and worst at {best['of'].iloc[0]} ({best['value'].iloc[0]:.3f})."] if len(best) > 1 else [])]
+                *(["It is highest for {} and lowest for {}; where the intervals overlap, the order may be chance.".format(*(f"{b.of}, {Estimate(b.value, b.low, b.high)}" for b in (best.iloc[-1], best.iloc[0])))] if len(best) > 1 else [])]
     return out
 
-# %% ../nbs/07_evaluation.ipynb #c3b56622
+# %% ../nbs/07_evaluation.ipynb #78b6cfaf
 def _reading_table(r):
     "One row a figure for a single question; one row a class or finding for several."
     v = r.values.assign(text=[str(Estimate(*x)) for x in r.values[["value", "low", "high", "note"]].itertuples(index=False)])
@@ -807,6 +814,7 @@ def _reading_table(r):
     wide = wide.reindex(index=[o for o in order[0] if o != "all"], columns=order[1]).fillna("–").reset_index()
     return table(wide.rename(columns={"of": "class" if r.confusion is not None else "finding"}), "with 95 % intervals")
 
+# %% ../nbs/07_evaluation.ipynb #11773abf
 def _figure(r):
     "Everything worth seeing on one sheet."
     import matplotlib.pyplot as plt
@@ -824,16 +832,21 @@ def _figure(r):
         draw = [lambda ax: plot_forest(areas, "AUC", ax, .5), lambda ax: plot_forest(ap, "average precision", ax)]
     if len(groups): draw.append(lambda ax: plot_forest(groups, "AUC in subgroups" if len(asked) == 1 else "macro AUC in subgroups", ax, whole))
     rows = -(-len(draw) // 3)
-    fig, axes = plt.subplots(rows, 3 if len(draw) > 2 else len(draw), figsize=(12.5, 4.1 * rows if "label" in p else 1.2 + .25 * max(len(areas), len(groups))), squeeze=False, layout="constrained")
+    fig, axes = plt.subplots(rows, 3 if len(draw) > 2 else len(draw), figsize=(11.5, 3.8 * rows if "label" in p else 1.2 + .25 * max(len(areas), len(groups))), squeeze=False, layout="constrained")
     for ax, one in zip(axes.flat, draw): one(ax)
     for ax in axes.flat[len(draw):]: ax.axis("off")
     plt.close(fig)
     return fig
 
+# %% ../nbs/07_evaluation.ipynb #1df370d4
 def _png(fig, dpi):
+    from PIL import Image
     with io.BytesIO() as out:
         fig.savefig(out, format="png", dpi=dpi, facecolor="white", metadata={"Software": None})
-        return out.getvalue()
+        drawn = Image.open(out).convert("RGB").quantize(256, dither=Image.Dither.NONE)     # a third of the bytes, to the eye the same
+    with io.BytesIO() as small:
+        drawn.save(small, "PNG", optimize=True)
+        return small.getvalue()
 
 def _note_list(notes): return "<ul>" + "".join(f"<li>{html.escape(n)}</li>" for n in notes) + "</ul>"
 
@@ -849,7 +862,17 @@ def _as_json(r):
                        sentences=r.sentences, notes=r.notes, values=r.values.to_dict("records"), subgroups=r.subgroups.to_dict("records"),
                        confusion=None if r.confusion is None else dict(classes=list(r.confusion), rows_truth=r.confusion.to_numpy().tolist())))
 
-# %% ../nbs/07_evaluation.ipynb #391db14a
+# %% ../nbs/07_evaluation.ipynb #3e91c3fb
+def embed(
+    drawing, # a matplotlib Figure, or the bytes of a PNG
+    alt: str, # what it shows, for those who cannot see it
+    dpi: int = 110, # resolution
+) -> str: # HTML
+    "A figure as part of a page, with nothing to load from anywhere."
+    png = drawing if isinstance(drawing, bytes) else _png(drawing, dpi)
+    return f"<img alt='{html.escape(alt, quote=True)}' style='max-width:100%' src='data:image/png;base64,{base64.b64encode(png).decode()}'>"
+
+# %% ../nbs/07_evaluation.ipynb #1521c868
 _STYLE = """body{font:16px/1.55 Georgia,'Times New Roman',serif;color:#222;background:#fff;max-width:64rem;margin:2.5rem auto;padding:0 1.2rem}
 h1{font-size:1.9rem;margin:0 0 .2rem}h2{font-size:1.2rem;margin:2.2rem 0 .5rem;border-bottom:1px solid #ddd;padding-bottom:.2rem}
 .lead{font-size:1.08rem}.limits{background:#fff6e5;border-left:4px solid #e69f00;padding:.6rem 1rem;margin:1.2rem 0}
@@ -857,6 +880,7 @@ table{border-collapse:collapse;font:14px/1.4 system-ui,sans-serif;margin:.6rem 0
 th{border-bottom:2px solid #999;vertical-align:bottom}td{border-bottom:1px solid #eee;vertical-align:top;white-space:nowrap}td.free{white-space:normal}li{margin:.25rem 0}
 .small{font-size:.88rem;color:#555}.open{color:#a33d00;font-weight:600}@media print{body{margin:0;max-width:none}.limits{border:1px solid #e69f00}}"""
 
+# %% ../nbs/07_evaluation.ipynb #15b1461e
 def _caption(r):
     "What the panels show."
     if r.confusion is None: return "Each point is one finding, the line its 95 % interval; words stand where a figure cannot be had. An AUC of 0.5 (vertical line) is guessing; average precision is to be compared with how common the finding is."
@@ -872,17 +896,19 @@ def _page(r):
     if r.confusion is not None:
         parts += ["<h2>What was taken for what</h2>", table(r.confusion.reset_index().rename(columns={"truth": "truth, then predicted as:"}))._repr_html_(),
                   _estimates(errors(r.predictions, r.threshold, r.unknown))._repr_html_()]
-    if len(r.subgroups): parts += ["<h2>Is it equally good for everybody?</h2>", _group_table(r.subgroups)._repr_html_()]
+    if len(r.subgroups): parts += ["<h2>Is it equally good for everybody?</h2>", _group_table(r.subgroups, r.by_patient)._repr_html_()]
     parts += ["<h2>How to read these figures</h2>", _note_list(r.notes), *(f"<h2>{html.escape(t)}</h2>{body}" for t, body in r.sections)]
     return f"<!doctype html><html lang='en'><head><meta charset='utf-8'><meta name='viewport' content='width=device-width'><title>{html.escape(r.title)}</title><style>{_STYLE}</style></head><body>{''.join(parts)}</body></html>"
 
 def _estimates(rows): return table(rows.map(lambda v: str(v) if isinstance(v, Estimate) else v).reset_index())
 
-def _group_table(groups):
+def _group_table(groups, by_patient):
     text = groups.assign(text=[str(Estimate(*x)) if x[0] == x[0] else x[3] for x in groups[["value", "low", "high", "note"]].itertuples(index=False)])
+    names = {} if by_patient else {"patients": "patients or films"}
     wide = text.pivot(index=["by", "group", "films", "patients"], columns="metric", values="text").reindex(columns=list(dict.fromkeys(groups["metric"]))).fillna("–")
-    return table(wide.loc[list(dict.fromkeys(zip(groups["by"], groups["group"], groups["films"], groups["patients"])))].reset_index())
+    return table(wide.loc[list(dict.fromkeys(zip(groups["by"], groups["group"], groups["films"], groups["patients"])))].reset_index().rename(columns=names))
 
+# %% ../nbs/07_evaluation.ipynb #5e611972
 def _save(r, folder, overwrite):
     if folder.exists() and overwrite and any(not f.name.startswith("report.") for f in folder.iterdir()):
         raise CourseError("this folder holds more than an old report, so it is not replaced", folder, "name another one")
