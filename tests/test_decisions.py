@@ -209,3 +209,19 @@ def test_the_check_list_shows_what_is_open(kind, tmp_path):
     page = once.read_text()
     assert page == twice.read_text() and "&lt;here&gt;" in page and page.count("open: nobody has answered this") == (items["state"] == "open").sum() - 1
     with pytest.raises(CourseError, match="no item"): de.checklist(result, {"colour": "blue"})
+
+
+@pytest.mark.parametrize("slope", [1., 1.3, 2.])
+def test_the_interval_of_the_calibration_error_holds_the_truth(slope):
+    "With the plain percentile interval this test finds 0, 16 and 93 % at 400 films."
+    from scipy.special import expit as e
+    def study(g, n):
+        true = e(1.5 * g.normal(size=n))
+        return (g.random(n) < true).astype(float), e(slope * logit(true)), np.arange(n)
+    y, p, k = study(rng(9, "ece"), 400_000)
+    group = np.argsort(np.argsort(p)) * 10 // len(p)
+    truth, held = np.abs(np.bincount(group, p - y)).sum() / len(y), []
+    for i in range(300):
+        est = de.ece(*study(rng(10, "ece", i), 400), times=200, seed=i)
+        held.append(est.low <= truth <= est.high)
+    assert np.mean(held) >= .92, np.mean(held)
