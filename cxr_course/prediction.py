@@ -19,8 +19,8 @@ from . import cnn, core, data, evaluation, images, pipelines, training
 from .core import CourseError
 
 # %% auto #0
-__all__ = ['GRID', 'PURPOSE', 'LIMITS', 'traits', 'familiar', 'unlike', 'finish', 'Bundle', 'load_bundle', 'expand', 'predict',
-           'explain', 'card']
+__all__ = ['GRID', 'PURPOSE', 'LIMITS', 'traits', 'familiar', 'unlike', 'survey', 'finish', 'Bundle', 'load_bundle', 'expand',
+           'predict', 'explain', 'card']
 
 # %% ../nbs/20_prediction.ipynb #ac4daa4a
 GRID = 16   # fields a side, for the broad picture
@@ -43,31 +43,44 @@ def traits(
     return pd.DataFrame({"aspect": np.asarray(aspect, float), "brightness": films.mean((1, 2), dtype=float), "contrast": films.std((1, 2), dtype=float),
                          "likeness": (standard(broad) * standard(np.asarray(typical, float).ravel())).mean(1)})
 
-# %% ../nbs/20_prediction.ipynb #c39658f1
+# %% ../nbs/20_prediction.ipynb #85289f9b
+def _measured(store: pipelines.Store, rows: np.ndarray, typical: np.ndarray | None) -> tuple[pd.DataFrame, np.ndarray]:
+    "Traits of these films, and the average film (found first where none is given); in pieces, since a large set does not fit into memory."
+    parts = [rows[i:i + 512] for i in range(0, len(rows), 512)]
+    pixels = lambda part: store.take(part) / np.float32(255)
+    if typical is None: typical = sum(_broad(pixels(p)).sum(0) for p in parts) / len(rows)
+    aspect = (store.frame["width"] / store.frame["height"]).to_numpy(float, na_value=np.nan)
+    return pd.concat([traits(pixels(p), aspect[p], typical) for p in parts], ignore_index=True), typical
+
+# %% ../nbs/20_prediction.ipynb #1766e434
 def familiar(
     store: pipelines.Store, # with films whose split is `train`
 ) -> dict: # `films`, `typical` and `limits`: trait -> (from, to)
     "What the training pictures of a store look like."
-    rows = store.rows("train")
-    parts = [rows[i:i + 512] for i in range(0, len(rows), 512)]                # a large data set does not fit into memory at once
-    pixels = lambda part: store.take(part) / np.float32(255)
-    typical = sum(_broad(pixels(p)).sum(0) for p in parts) / len(rows)
-    aspect = (store.frame["width"] / store.frame["height"]).to_numpy(float, na_value=1.)
-    measured = pd.concat(traits(pixels(p), aspect[p], typical) for p in parts)
+    measured, typical = _measured(store, store.rows("train"), None)
     low, high = measured.quantile(.005), measured.quantile(.995)
     room = np.maximum((high - low) / 4, .02)
-    limits = {t: (round(float(low[t] - room[t]), 4), round(float(high[t] + room[t]), 4)) for t in measured}
+    limits = {t: (round(float(low[t] - room[t]), 4), round(float(high[t] + room[t]), 4)) for t in measured if measured[t].notna().any()}
     limits["likeness"] = (limits["likeness"][0], 1.)
-    return dict(films=len(rows), typical=typical.round(3).tolist(), limits=limits)
+    return dict(films=len(measured), typical=typical.round(3).tolist(), limits=limits)
 
-# %% ../nbs/20_prediction.ipynb #0114abd1
+# %% ../nbs/20_prediction.ipynb #9bc9c560
 def unlike(
     measured: pd.DataFrame, # from `traits`
     seen: Mapping, # from `familiar`
 ) -> list[str]: # for each film, what is unusual about it; empty if nothing is
     "In which respect a picture lies outside what the model was trained on."
-    def say(row): return "; ".join(f"{t} {row[t]:.2f}, in training {low:.2f} to {high:.2f}" for t, (low, high) in seen["limits"].items() if not low <= row[t] <= high)
+    def say(row): return "; ".join(f"{t} {row[t]:.2f}, in training {low:.2f} to {high:.2f}" for t, (low, high) in seen["limits"].items() if row[t] < low or row[t] > high)
     return [say(row) for row in measured.to_dict("records")]
+
+# %% ../nbs/20_prediction.ipynb #31ac94c6
+def survey(
+    store: pipelines.Store, # any films
+    seen: Mapping, # from `familiar`
+    split: str | None = None, # only these; None: all
+) -> list[str]: # for each film, what is unusual about it; empty if nothing is
+    "In which respect each film of a store is unlike the training films."
+    return unlike(_measured(store, store.rows(split), np.asarray(seen["typical"]))[0], seen)
 
 # %% ../nbs/20_prediction.ipynb #2745f1b8
 def finish(
@@ -165,7 +178,7 @@ def _answered(bundle: Bundle, rows: pd.DataFrame, bad: list) -> pd.DataFrame:
     out.attrs["bad"] = bad
     return out
 
-# %% ../nbs/20_prediction.ipynb #b3b565f0
+# %% ../nbs/20_prediction.ipynb #05382738
 def explain(
     row: Mapping, # one row of what `predict` gave
     bundle: Bundle, # what predicted it
@@ -174,8 +187,8 @@ def explain(
     cut, c = bundle.threshold, bundle.classes[-1]
     if bundle.findings: said = "scores above their thresholds: " + row["meta_answer"]
     elif cut is None: said = f"highest score {row['p_' + row['meta_answer']]:.2f} for {row['meta_answer']} among {len(bundle.classes)} classes"
-    else: said = f"score {row['p_' + c]:.3f} for {c}, {'at or above' if row['p_' + c] >= cut else 'below'} the threshold {cut:.3f} chosen on validation films"
-    odd = f" Unlike the training films ({row['meta_unlike']}): treat the score with suspicion." if row["meta_unlike"] else ""
+    else: said = f"score {min(max(row['p_' + c], .001), .999):.3f} for {c}, {'at or above' if row['p_' + c] >= cut else 'below'} the threshold {cut:.3f} chosen on validation films"
+    odd = f" Unlike the training films ({row['meta_unlike']}): treat the score with suspicion." if isinstance(row["meta_unlike"], str) and row["meta_unlike"] else ""
     return f"{Path(row['path']).name}: {said}.{odd}"
 
 # %% ../nbs/20_prediction.ipynb #2eb8c5c3
@@ -197,13 +210,13 @@ def card(
     cell = lambda k, v: f"<li>{f'<b>{html.escape(k)}</b>: ' if k else ''}{html.escape(v)}</li>"
     return f"<h3>Model card: {html.escape(bundle.folder.name)}</h3>" + "".join(f"<h4>{html.escape(t)}</h4><ul>{''.join(cell(*r) for r in rows)}</ul>" for t, rows in parts.items())
 
-# %% ../nbs/20_prediction.ipynb #470c361c
+# %% ../nbs/20_prediction.ipynb #c08a717f
 def _card_parts(bundle: Bundle) -> dict[str, list[tuple[str, str]]]:
     c, parts = bundle.card, {"What it is for": [("", PURPOSE)], "What it is not for": [("", text) for text in LIMITS]}
     model, how = c["model"], c["training"]
     parts["What it is"] = [("network", f"{model['name']}, {model['parameters']:,} parameters"), ("answers", ", ".join(bundle.classes)),
                            ("takes", f"one film of {bundle.shape[0]} x {bundle.shape[1]} pixels ({c['preprocessing']['fit']}; values {c['preprocessing']['values']})"), ("threshold", _cut(bundle))]
-    parts["What it learned from"] = [(split, ", ".join(f"{n:,} {k.replace('_', ' ')}" for k, n in counts.items())) for split, counts in c["data"]["splits"].items()]
+    parts["What it learned from"] = [(split, _films(**counts)) for split, counts in c["data"]["splits"].items()]
     parts["What its training films look like"] = [(t, f"{low:.2f} to {high:.2f}") for t, (low, high) in c.get("seen", {"limits": {}})["limits"].items()] or [("", "not recorded; it cannot tell a strange picture")]
     for split, rows in c["metrics"].items():
         parts[f"How good it is on its {split} films"] = [(f"{r['metric']} ({r['of']})", str(evaluation.Estimate(*(np.nan if r[k] is None else r[k] for k in ("value", "low", "high")), r["note"] or "")))
@@ -211,6 +224,10 @@ def _card_parts(bundle: Bundle) -> dict[str, list[tuple[str, str]]]:
     parts["How it was made"] = [("date", c["date"]), ("seed", str(how["seed"])), ("epochs", f"{how['epochs_run']}, the best was {how['best_epoch']}" + (", stopped by hand" if c.get("interrupted") else "")),
                                 ("data", f"fingerprint {c['data']['hash'][:16]}"), ("versions", ", ".join(f"{k} {v}" for k, v in c["versions"].items() if v))]
     return parts
+
+def _films(films: int, patients: int, without_patient: int, **truth: int) -> str:
+    who = f"{patients:,} patients" if not without_patient else f"{patients:,} patients, examinations or single films; {without_patient:,} films have no known patient"
+    return f"{films:,} films ({', '.join(f'{n:,} {c}' for c, n in truth.items())}) of {who}"
 
 def _cut(bundle: Bundle) -> str:
     if bundle.threshold is None: return "none; the largest probability decides"

@@ -1,0 +1,220 @@
+"""cxr-course from a terminal: each command end to end, and every mistake a user can make answered in words."""
+import csv
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+START = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from cxr_course.cli import app; app(prog_name='cxr-course')"
+
+
+def environment(**more):
+    "As a user's shell has it: chapters and tests may be silent, the program is not."
+    return {k: v for k, v in os.environ.items() if k != "CXR_COURSE_QUIET"} | more
+
+
+def cxr(*words, code=0, cwd=None, **env):
+    "Run the program in a process of its own; return (stdout, stderr)."
+    done = subprocess.run([sys.executable, "-c", START, *map(str, words)], capture_output=True, text=True, cwd=cwd, env=environment(**env), timeout=600)
+    assert done.returncode == code, f"exit code {done.returncode}, expected {code}\n{done.stdout}\n{done.stderr}"
+    assert "Traceback" not in done.stderr
+    return done.stdout, done.stderr
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, cache):
+    "A folder with a small simulated world in the layout of the Kaggle set."
+    folder = tmp_path_factory.mktemp("terminal")
+    out, _ = cxr("data", "phantom", "films", "--layout", "kaggle", "--patients", 36, "--pixels", 64, cwd=folder)
+    assert "simulated patients" in out
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(place):
+    "The same folder after one training; what was printed."
+    out, err = cxr("train", "--data", "films", "--out", "runs/first", "--size", 32, "--epochs", 2, cwd=place)
+    return place, out, err
+
+
+def test_help_is_quick_and_teaches():
+    began = time.perf_counter()
+    out, _ = cxr("--help")
+    assert time.perf_counter() - began < 5          # well under one second on a quiet machine; tests run on busy ones
+    assert "cxr-course train" in out and "never for diagnosis" in out
+    for command in ("train", "evaluate", "predict", ("data", "show"), ("data", "check"), ("data", "phantom"), ("data", "list")):
+        page, _ = cxr(*([command] if isinstance(command, str) else command), "--help")
+        assert "Example" in page and "Usage: cxr-course" in page
+
+
+def test_nothing_heavy_is_imported_for_help():
+    code = "import sys, cxr_course.cli; print([m for m in ('tensorflow', 'keras', 'pandas', 'numpy', 'matplotlib', 'cxr_course.core') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
+def test_version():
+    from cxr_course import __version__
+    assert cxr("--version")[0].strip() == f"cxr-course {__version__}"
+
+
+def test_module_runs_too():
+    done = subprocess.run([sys.executable, "-m", "cxr_course.cli", "--version"], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.startswith("cxr-course ")
+
+
+def test_data_commands(place):
+    assert "kaggle" in cxr("data", "list")[0]
+    out, _ = cxr("data", "show", "films", "--out", "sheet.png", cwd=place)
+    assert "NORMAL" in out and (place / "sheet.png").stat().st_size > 1000
+    cxr("data", "check", "films", cwd=place)
+    _, err = cxr("data", "phantom", "films", cwd=place, code=2)
+    assert "never overwritten" in err and "films-2" in err
+
+
+def test_train_leaves_everything(trained):
+    place, out, err = trained
+    run = place / "runs" / "first"
+    for name in ("model.keras", "card.json", "history.csv", "predictions.csv", "films.csv", "report/report.html", "report/report.png", "report/report.json"):
+        assert (run / name).is_file(), name
+    for words in ("epoch   1/2", "val AUC", "sensitivity", "specificity", "95 % interval", "truth, then called", "report.html"): assert words in out
+    assert "oneDNN" not in err and "cuda" not in err.lower()            # TensorFlow's greetings
+    films = list(csv.DictReader(open(run / "films.csv", encoding="utf8")))
+    assert {f["split"] for f in films} == {"train", "val", "test"} and all(len(f["sha256"]) == 64 for f in films)
+    patients = {s: {f["patient"] for f in films if f["split"] == s} for s in ("train", "val", "test")}
+    assert not (patients["train"] & patients["val"] or patients["train"] & patients["test"] or patients["val"] & patients["test"])
+    assert "seen" in json.loads((run / "card.json").read_text(encoding="utf8"))
+
+
+def test_evaluate_repeats_the_report(trained):
+    place, out, _ = trained
+    again, _ = cxr("evaluate", "runs/first", "--out", "report", cwd=place)
+    figures = [line for line in out.splitlines() if line.startswith(("AUC", "sensitivity", "specificity"))]
+    assert figures and all(line in again for line in figures)
+    assert (place / "report" / "report.html").is_file()
+    assert "never overwritten" in cxr("evaluate", "runs/first", "--out", "report", cwd=place, code=2)[1]
+
+
+def test_evaluate_elsewhere_leaves_out_what_was_learned(trained):
+    place, *_ = trained
+    cxr("data", "phantom", "elsewhere", "--layout", "kaggle", "--patients", 36, "--pixels", 64, "--seed", 3, cwd=place)
+    known = sorted((place / "films" / "train" / "NORMAL").iterdir())[0]
+    shutil.copy(known, place / "elsewhere" / "test" / "NORMAL" / "IM-9999-0001.jpeg")
+    out, _ = cxr("evaluate", "runs/first", "--data", "elsewhere", cwd=place)
+    assert "has learned from 1 of" in out and list((place / "runs" / "first").glob("report-elsewhere/report.html"))
+    _, err = cxr("evaluate", "runs/first", "--data", "sample-covid", cwd=place, code=2)
+    assert "another question" in err
+
+
+def test_predict(trained):
+    place, *_ = trained
+    some = sorted((place / "films" / "test" / "PNEUMONIA").iterdir())[:2]
+    (place / "text.png").write_text("no picture")
+    out, err = cxr("predict", "runs/first", *some, "text.png", "--csv", "scores.csv", cwd=place, code=2)
+    assert out.count("score 0.") == 2 and "text.png" not in out and "text.png" in err and "None of them is a diagnosis" in err
+    rows = list(csv.DictReader(open(place / "scores.csv", encoding="utf8")))
+    kept = {r["path"]: float(r["p_PNEUMONIA"]) for r in csv.DictReader(open(place / "runs" / "first" / "predictions.csv", encoding="utf8"))}
+    for r in rows: assert abs(float(r["p_PNEUMONIA"]) - kept[str(Path(r["path"]).relative_to(place))]) < 1e-6
+    cxr("predict", "runs/first", *some, "text.png", "--skip-bad", cwd=place)
+    assert "never overwritten" in cxr("predict", "runs/first", some[0], "--csv", "scores.csv", cwd=place, code=2)[1]
+
+
+def test_ctrl_c_keeps_the_best_model(place):
+    words = ["train", "--data", "films", "--out", "runs/cut", "--size", "32", "--epochs", "900", "--patience", "900"]
+    running = subprocess.Popen([sys.executable, "-c", START, *words], cwd=place, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment())
+    lines, sent = [], False
+    for line in running.stdout:
+        lines.append(line)
+        if not sent and line.startswith("epoch   2/"): running.send_signal(signal.SIGINT); sent = True
+    err = running.stderr.read()
+    assert running.wait(timeout=120) == 130, err
+    assert any("best model so far" in line and "runs" in line for line in lines)
+    assert (place / "runs" / "cut" / "model.keras").is_file() and (place / "runs" / "cut" / "report" / "report.html").is_file()
+    assert "Traceback" not in err
+
+
+MISTAKES = [
+    (["train", "--data", "fims"], ["no such folder", "fims"]),
+    (["train", "--data", "films", "--model", "resnet"], ["no model named 'resnet'", "smallnet"]),
+    (["train", "--data", "films", "--size", "12O"], ["not a size", "129x180"]),
+    (["train", "--data", "films", "--size", "16"], ["too small"]),
+    (["train", "--data", "films", "--out", "films"], ["never overwritten", "films-2"]),
+    (["train", "--data", "films", "--epochs", "0"], ["--epochs"]),
+    (["train", "--data", "no_test"], ["test set is empty", "--resplit"]),
+    (["train", "--data", "one_class"], ["one class", "PNEUMONIA"]),
+    (["train", "--data", "empty"], ["empty"]),
+    (["train", "--data", "bad"], ["2 of", "text.jpeg", "nothing.jpeg", "--skip-bad"]),
+    (["train", "--data", "truncated"], ["1 of", "IM-7777-0001.jpeg", "--skip-bad"]),
+    (["train", "--data", "leak", "--classes", "2"], ["test and train share", "--resplit"]),
+    (["evaluate", "films"], ["no finished run"]),
+    (["predict", "nowhere", "a.png"], ["no such run"]),
+    (["data", "show", "nowhere"], ["no such folder"]),
+]
+
+
+@pytest.fixture(scope="module")
+def spoiled(place):
+    "Copies of the world, each spoiled in one way."
+    def copy(name): return shutil.copytree(place / "films", place / name, ignore=shutil.ignore_patterns("truth.csv"))
+    shutil.rmtree(copy("no_test") / "test")
+    one = copy("one_class")
+    for part in one.glob("*/NORMAL"): shutil.rmtree(part)
+    (place / "empty").mkdir()
+    bad = copy("bad") / "train" / "NORMAL"
+    (bad / "text.jpeg").write_text("a shopping list")
+    (bad / "nothing.jpeg").write_bytes(b"")
+    cut = copy("truncated") / "train" / "NORMAL"
+    whole = sorted(cut.iterdir())[0]
+    (cut / "IM-7777-0001.jpeg").write_bytes(whole.read_bytes()[:-300])
+    leak = copy("leak")                                                # one patient on two sides, by the names of the Mendeley set
+    for part in ("train", "test"): shutil.copy(sorted((leak / "train" / "PNEUMONIA").iterdir())[len(part) - 4], leak / part / "PNEUMONIA" / f"VIRUS-00001-000{len(part)}.jpeg")
+    return place
+
+
+@pytest.mark.parametrize("words, told", MISTAKES, ids=lambda v: " ".join(v) if v and v[0] in ("train", "evaluate", "predict", "data") else None)
+def test_mistakes_are_answered_in_words(spoiled, words, told):
+    before = {p.name for p in (spoiled / "runs").glob("*")} if (spoiled / "runs").exists() else set()
+    _, err = cxr(*words, cwd=spoiled, code=2)
+    for t in told: assert t in err, err
+    assert "skip_bad=True" not in err and "resume=True" not in err      # remedies in the language of the terminal
+    after = {p.name for p in (spoiled / "runs").glob("*")} if (spoiled / "runs").exists() else set()
+    assert after == before                                             # nothing half-made is left
+
+
+def test_skip_bad_names_what_it_skips(spoiled):
+    out, _ = cxr("train", "--data", "bad", "--out", "runs/skipping", "--size", 32, "--epochs", 1, "--skip-bad", cwd=spoiled)
+    assert out.count("skipped:") == 2 and "text.jpeg" in out and "nothing.jpeg" in out
+
+
+def test_small_disk_and_debug(place, monkeypatch):
+    "In this process, where the free space can be played."
+    from typer.testing import CliRunner
+
+    from cxr_course.cli import app
+    monkeypatch.chdir(place)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 9, 1))
+    told = CliRunner().invoke(app, ["train", "--data", "films", "--out", "runs/none"])
+    assert told.exit_code == 2 and "MB are free" in told.output and "CXR_COURSE_CACHE" in told.output
+    raw = CliRunner().invoke(app, ["--debug", "train", "--data", "films", "--out", "runs/none"])
+    assert raw.exit_code == 1 and type(raw.exception).__name__ == "CourseError"
+
+    def full(*_): raise OSError(28, "No space left on device")
+    monkeypatch.setattr(shutil, "disk_usage", full)
+    told = CliRunner().invoke(app, ["train", "--data", "films", "--out", "runs/none"])
+    assert told.exit_code == 2 and "disk is full" in told.output
+
+
+def test_real_kaggle_folder_is_arranged_by_patient(real_data):
+    from cxr_course import cli, data, splits
+    folder = real_data / "kaggle" / "chest_xray"
+    if not folder.is_dir(): pytest.skip(f"no Kaggle set at {folder}")
+    frame, said = cli.arrange(data.load(folder))
+    assert any("only 16 pictures" in s for s in said) and any("no patient" in s for s in said)
+    parts = dict(tuple(frame.groupby("split")))
+    assert len(parts["test"]) == 601 and .13 < len(parts["val"]) / (len(frame) - 601) < .17
+    assert not splits.leakage(parts["train"], parts["val"], unknown="picture")

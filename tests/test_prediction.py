@@ -1,0 +1,144 @@
+"""A bundle answers what training wrote down, whatever file the film comes in, and says when it should not be believed."""
+import json
+import shutil
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from cxr_course import core, images
+from cxr_course.core import CourseError
+
+SHAPE = (24, 20)
+
+
+def small_frame(folder, kind):
+    "Noise films with a bright or dark middle, as PNG files of several sizes."
+    rows = []
+    for i in range(48):
+        draw, sick = core.rng(kind, i), i % 3
+        x = .3 + .1 * draw.random((40 + i % 5, 36))
+        x[10:30, 10:26] += .2 * sick
+        path = images.to_png(x, folder / f"{i:02d}.png", window=None)
+        truth = dict(label=["A", "B", "C"][sick]) if kind == "three" else dict(label=["A", "B"][sick > 0]) if kind == "two" else dict(Effusion=sick > 0, Mass=np.nan if i % 7 == 0 else i % 2)
+        rows.append(dict(path=path, patient=f"p{i}", split="train" if i < 24 else "val" if i < 36 else "test", height=x.shape[0], width=x.shape[1], **truth))
+    return core.frame(rows)
+
+
+@pytest.fixture(scope="module", params=["two", "three", "findings"])
+def made(request, tmp_path_factory):
+    "A run of each of the three kinds, its store and its bundle."
+    from cxr_course import cnn, pipelines, prediction, training
+    folder = tmp_path_factory.mktemp(request.param)
+    store = pipelines.build(small_frame(folder, request.param), SHAPE, folder / "store")
+    names = core.classes(store.frame)
+    run = training.fit(cnn.build("smallnet", (*SHAPE, 1), 1 if request.param == "two" else len(names)), store, run=folder / "run", epochs=2, batch=8)
+    prediction.finish(folder / "run", store)
+    return run, store, prediction.load_bundle(folder / "run")
+
+
+def test_round_trip(made):
+    from cxr_course import prediction
+    run, _, bundle = made
+    again = prediction.predict(bundle, run.predictions["path"], batch=7)
+    columns = [f"p_{c}" for c in bundle.classes]
+    assert np.abs(again[columns].to_numpy() - run.predictions[columns].to_numpy()).max() < 1e-6
+    assert core.classes(again) == core.classes(run.predictions) and again["patient"].isna().all()
+
+
+def test_answers_follow_the_frozen_threshold(made):
+    from cxr_course import prediction
+    run, _, bundle = made
+    got = prediction.predict(bundle, run.predictions["path"])
+    for row in got.to_dict("records"):
+        p = [row[f"p_{c}"] for c in bundle.classes]
+        if bundle.findings: expected = "; ".join(c for c, one in zip(bundle.classes, p) if bundle.threshold[c] is not None and one >= bundle.threshold[c]) or "none"
+        elif bundle.threshold is None: expected = bundle.classes[int(np.argmax(p))]
+        else: expected = bundle.classes[int(p[1] >= bundle.threshold)]
+        assert row["meta_answer"] == expected
+        words = prediction.explain(row, bundle)
+        assert "score" in words and "diagnos" not in words and row["path"].rsplit("/", 1)[-1] in words
+
+
+def test_card_in_both_forms(made):
+    from cxr_course import prediction
+    _, _, bundle = made
+    text, page = prediction.card(bundle), prediction.card(bundle, "html")
+    for words in ("not for diagnosis", "fingerprint", "24 x 20", "AUC", "likeness"): assert words in text and words in page
+    assert "<script" not in page
+    with pytest.raises(CourseError, match="unknown form"): prediction.card(bundle, "pdf")
+
+
+def test_card_escapes_what_a_stranger_wrote(made):
+    from cxr_course import prediction
+    run, _, bundle = made
+    evil = prediction.Bundle(run.folder, None, {**bundle.card, "model": {**bundle.card["model"], "name": "<script>alert(1)</script>"}})
+    assert "<script" not in prediction.card(evil, "html")
+
+
+def test_strange_pictures_are_told_apart(made):
+    from cxr_course import prediction
+    _, store, bundle = made
+    films = store.array("test")[..., 0]
+    aspect = (store.frame["width"] / store.frame["height"]).to_numpy(float)[store.rows("test")]
+    seen = bundle.card["seen"]
+    assert not all(prediction.unlike(prediction.traits(films, aspect, seen["typical"]), seen))
+    assert all("brightness" in words for words in prediction.unlike(prediction.traits(films * 0 + 1, aspect, seen["typical"]), seen))
+    assert all("aspect" in words for words in prediction.unlike(prediction.traits(films, aspect * 3, seen["typical"]), seen))
+
+
+def test_bad_files_are_all_named(made, tmp_path):
+    from cxr_course import prediction
+    run, _, bundle = made
+    good = run.predictions["path"][0]
+    (tmp_path / "text.png").write_text("no picture")
+    (tmp_path / "empty.jpg").write_bytes(b"")
+    (tmp_path / "cut.png").write_bytes(open(good, "rb").read()[:200])
+    bad = ["text.png", "empty.jpg", "cut.png", "not there.png"]
+    mixed = [tmp_path / bad[0], good, *(tmp_path / b for b in bad[1:])]
+    with pytest.raises(CourseError) as error: prediction.predict(bundle, mixed)
+    assert "4 of 5" in str(error.value) and all(b in str(error.value) for b in bad)
+    kept = prediction.predict(bundle, mixed, skip_bad=True)
+    assert list(kept["path"]) == [good] and len(kept.attrs["bad"]) == 4
+    with pytest.raises(CourseError, match="1 of 1"): prediction.predict(bundle, tmp_path / "text.png", skip_bad=True)
+
+
+def test_bundle_without_memory_still_predicts(made, tmp_path):
+    from cxr_course import prediction
+    run, _, bundle = made
+    old = prediction.Bundle(run.folder, bundle.model, {k: v for k, v in bundle.card.items() if k != "seen"})
+    assert prediction.predict(old, run.predictions["path"][:2])["meta_unlike"].isna().all()
+    assert "not recorded" in prediction.card(old) and "unlike" not in prediction.explain(prediction.predict(old, run.predictions["path"][0]).to_dict("records")[0], old).lower()
+
+
+def test_strangers_are_refused(made, tmp_path):
+    import keras
+
+    from cxr_course import prediction
+    run, _, _ = made
+    copy = shutil.copytree(run.folder, tmp_path / "run")
+    x = keras.Input((*SHAPE, 1))
+    keras.Model(x, keras.layers.Lambda(lambda v: v[:, :1, 0])(x)).save(copy / "model.keras")
+    with pytest.raises(CourseError, match="Python code"): prediction.load_bundle(copy)
+    (copy / "model.keras").write_bytes(b"PK\x03\x04 nothing")
+    with pytest.raises(CourseError, match="damaged"): prediction.load_bundle(copy)
+    (copy / "card.json").write_text("{}")
+    with pytest.raises(CourseError): prediction.load_bundle(copy)
+    with pytest.raises(CourseError): prediction.load_bundle(tmp_path / "nowhere")
+
+
+def test_finish_keeps_the_card(made):
+    run, store, bundle = made
+    card = json.loads((run.folder / "card.json").read_text(encoding="utf8"))
+    assert {k: v for k, v in card.items() if k != "seen"} == run.card
+    assert card["seen"]["films"] == 24 and set(card["seen"]["limits"]) == {"aspect", "brightness", "contrast", "likeness"}
+
+
+def test_patterns_and_folders(made, tmp_path):
+    from cxr_course import prediction
+    run, _, _ = made
+    for i, p in enumerate(run.predictions["path"][:3]): shutil.copy(p, tmp_path / f"{i}.png")
+    (tmp_path / "notes.txt").write_text("not looked at")
+    assert len(prediction.expand(tmp_path)) == len(prediction.expand(tmp_path / "*.png")) == len(prediction.expand(str(tmp_path / "*.png"))) == 3
+    assert prediction.expand([tmp_path / "2.png", tmp_path / "0.png"]) == [str(tmp_path / "2.png"), str(tmp_path / "0.png")]
+    with pytest.raises(CourseError, match="no picture"): prediction.expand(tmp_path / "*.dcm")
