@@ -297,23 +297,24 @@ def show_filters(
     grey = np.kron(.5 + .5 * kernel / abs(kernel).max(axis=(0, 1)), np.ones((16, 16, 1)))
     return _mosaic(grey, f"{first.name}: {kernel.shape[-1]} filters of {kernel.shape[0]} x {kernel.shape[1]}, each on its own scale", cols)
 
-# %% ../nbs/11_cnn.ipynb #fa812885
+# %% ../nbs/11_cnn.ipynb #4789ec16
 def draw(
     model, # a model that keeps the contract
 ) -> Sheet: # shows itself in a notebook
     "The layers of a model from film to logits, with sizes and parameters."
     import matplotlib.pyplot as plt
     layers = [(layer, part) for part in (features(model), head(model)) for layer in part.layers]
-    fig, ax = plt.subplots(figsize=(6.4, .36 * (len(layers) + 1.5)), layout="constrained")
+    fig, ax = plt.subplots(figsize=(5.6, .27 * (len(layers) + 1.5)), layout="constrained")
     size = lambda shape: " x ".join(str(d) for d in shape[1:])
     rows = [("film", "", size(model.input_shape), None, "#FFFFFF"), *((layer.name, type(layer).__name__, size(layer.output.shape), layer.count_params(),
              PALETTE[0] if part.name == "features" else PALETTE[1]) for layer, part in layers)]
     for y, (name, kind, shape, count, colour) in enumerate(rows):
         ax.add_patch(plt.Rectangle((0, y - .38), 10, .76, facecolor=colour, alpha=.25, edgecolor="black", linewidth=.6))
         for at, text, align in ((.2, name, "left"), (2.4, kind, "left"), (7.2, shape, "right"), (9.8, "" if not count else f"{count:,}", "right")):
-            ax.text(at, y, text, ha=align, va="center", fontsize=8.5)
+            ax.text(at, y, text, ha=align, va="center", fontsize=7.5)
         if y: ax.annotate("", (5, y - .38), (5, y - .62), arrowprops=dict(arrowstyle="-|>", linewidth=.8, color="black", mutation_scale=7))
-    ax.set(xlim=(-.1, 10.1), ylim=(len(rows) - .5, -.6), title=f"{model.name}: {model.count_params():,} parameters; blue looks, orange decides")
+    ax.set(xlim=(-.1, 10.1), ylim=(len(rows) - .5, -.6))
+    ax.set_title(f"{model.name}: {model.count_params():,} parameters; blue looks, orange decides", fontsize=9)
     ax.axis("off")
     plt.close(fig)
     return Sheet(fig)
