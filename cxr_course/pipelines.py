@@ -200,7 +200,7 @@ def _unit(pixels: np.ndarray) -> np.ndarray:
     "Bytes (b, h, w) as float32 (b, h, w, 1) in [0, 1]."
     return (pixels * np.float32(1 / 255))[..., None]
 
-# %% ../nbs/06_pipelines.ipynb #58ec7b6d
+# %% ../nbs/06_pipelines.ipynb #c74ccb29
 def build(
     frame: pd.DataFrame, # a frame of films
     shape: tuple[int, int], # (h, w) of the stored pictures, in pixels
@@ -209,6 +209,8 @@ def build(
     workers: int | None = None, # how many films at a time; default: one for each core
 ) -> Store: # the films of the frame, ready to stream
     "Decode each film once into a store, or open the store that is there; what a killed run had done is not done again."
+    if np.shape(shape) != (2,) or min(shape) < 1: raise CourseError(f"{shape!r} is not a shape", None, "give (height, width) in pixels, for instance (128, 128)")
+    if frame.empty: raise CourseError("the frame has no films", None, "look at what was filtered out before")
     files, shape = _files(frame), (int(shape[0]), int(shape[1]))
     key = _key(files, shape)
     folder = Path(folder) if folder else cache_dir("stores") / key
@@ -220,7 +222,7 @@ def build(
     if not skip_bad: _report(store.skipped, len(frame))
     return store
 
-# %% ../nbs/06_pipelines.ipynb #776e0f3b
+# %% ../nbs/06_pipelines.ipynb #4eb3653a
 def stream(
     store: Store, # decoded films
     split: str | None, # 'train', 'val' or 'test'; None: every film
@@ -233,6 +235,7 @@ def stream(
     import tensorflow as tf
     rows, y = store.rows(split), store.labels(split)
     if not len(rows): raise CourseError(f"no film of the frame is in split {split!r}", "column `split`", "cut it first with splits.split or splits.hold_out")
+    if batch < 1: raise CourseError(f"a batch of {batch} films", None, "give 1 or more")
     if shuffle is not None and split != "train": raise CourseError(f"{split!r} is never shuffled", None, "shuffle training only; predictions find their films by the order")
     refuse_leakage(store.frame, unknown="picture")
     epochs = count()

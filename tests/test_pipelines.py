@@ -188,6 +188,16 @@ def test_findings_keep_unknown(films):
     with pytest.raises(CourseError, match="have no label"): build(films.assign(label=films["label"].where(films.index > 3)), (12, 10)).labels("train")
 
 
+@pytest.mark.parametrize("shape", [64, (64,), (0, 10), (-1, 4), (8, 8, 1)])
+def test_shapes_that_are_none(films, shape):
+    with pytest.raises(CourseError, match="not a shape"): build(films, shape)
+
+
+def test_nothing_to_decode(films):
+    with pytest.raises(CourseError, match="no films"): build(films.iloc[:0], (8, 8))
+    with pytest.raises(CourseError, match="batch of 0"): stream(build(films, (12, 10)), "train", batch=0)
+
+
 def test_normalizer_numbers(films):
     s, x = build(films, (12, 10)), None
     n, x = Normalizer("train").fit(s), s.array("train")
