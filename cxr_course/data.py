@@ -407,7 +407,7 @@ def _rows_dicom(root: Path) -> pd.DataFrame:
     known = [c for c in (*truth.columns,) if c in ("label", "split", "patient", "source", "view", "age", "sex", "severity", "study", *FINDINGS)]
     return pd.DataFrame({"path": [str(p) for p in files]}).join(truth[known], on="path")
 
-# %% ../nbs/02_data.ipynb #f5533e0c
+# %% ../nbs/02_data.ipynb #9acefedd
 def _join_truth(df: pd.DataFrame, root: Path) -> pd.DataFrame:
     if not (root / "truth.csv").exists(): return df
     truth = pd.read_csv(root / "truth.csv", dtype={"patient": str, "source": str})
@@ -430,7 +430,9 @@ def _about(path: str) -> dict | None:
 def _tags(path: str): return _need("pydicom", path).dcmread(path, stop_before_pixels=True, force=True)
 
 def _measured(df: pd.DataFrame, skip_bad: bool) -> pd.DataFrame:
-    with ThreadPoolExecutor() as pool: got = list(pool.map(_about, df["path"]))
+    with ThreadPoolExecutor() as pool:
+        found = pool.map(_about, df["path"])
+        got = list(progress(found, "measuring films", len(df)) if len(df) > 5000 else found)
     bad = np.array([g is None for g in got])
     if bad.all(): shape_of(df["path"].iloc[0])                    # says what is wrong with the first
     found = pd.DataFrame([g or {} for g in got], index=df.index)
