@@ -903,7 +903,7 @@ def _page(r):
 def _estimates(rows): return table(rows.map(lambda v: str(v) if isinstance(v, Estimate) else v).reset_index())
 
 def _group_table(groups, by_patient):
-    text = groups.assign(text=[str(Estimate(*x)) if x[0] == x[0] else x[3] for x in groups[["value", "low", "high", "note"]].itertuples(index=False)])
+    text = groups.assign(text=[str(Estimate(*x)) if x[0] == x[0] else x[3].replace(" patients to speak of", "") for x in groups[["value", "low", "high", "note"]].itertuples(index=False)])
     names = {} if by_patient else {"patients": "patients or films"}
     wide = text.pivot(index=["by", "group", "films", "patients"], columns="metric", values="text").reindex(columns=list(dict.fromkeys(groups["metric"]))).fillna("–")
     return table(wide.loc[list(dict.fromkeys(zip(groups["by"], groups["group"], groups["films"], groups["patients"])))].reset_index().rename(columns=names))
