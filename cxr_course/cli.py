@@ -283,7 +283,7 @@ def _start_tensorflow() -> None:
             os.dup2(kept, 2)
             os.close(kept)
 
-# %% ../nbs/24_cli.ipynb #2d679b5e
+# %% ../nbs/24_cli.ipynb #656ffff8
 class Unknown(str, Enum):
     "What a film without patient is taken for."
     picture, refuse = "picture", "refuse"
@@ -336,11 +336,12 @@ def train(
     run = training.fit(network, store, run=out, epochs=epochs, patience=patience, batch=batch, lr=lr, seed=seed, unknown=strict, resume=resume, name=model)
     prediction.finish(out, store)
     _remember(store, out)
+    run = training.load_run(out)                                            # with the card as it is now
     _tell(run, run.predictions[run.predictions["split"] == "test"], out / "report")
     typer.echo(f"\nEverything is in {out}; the page to read is {out / 'report' / 'report.html'}\nnext: cxr-course predict {out} FILE")
     if run.card["interrupted"]: raise typer.Exit(130)
 
-# %% ../nbs/24_cli.ipynb #3b1aa26a
+# %% ../nbs/24_cli.ipynb #ba815a00
 def _fingerprints(store):
     "The films of a store with the SHA-256 of each file."
     import pandas as pd
@@ -356,7 +357,8 @@ def _tell(run, predictions, folder: Path) -> None:
     from cxr_course import evaluation, prediction, training
     from cxr_course.core import table
     t = run.card["training"]
-    report = evaluation.report(predictions, run.threshold, run.card["data"]["unknown_patients"], title=f"How well does {run.folder.name} read?",
+    cut = {c: t for c, t in run.threshold.items() if t is not None} if isinstance(run.threshold, dict) else run.threshold
+    report = evaluation.report(predictions, cut, run.card["data"]["unknown_patients"], title=f"How well does {run.folder.name} read?",
                                model=f"{run.card['model']['name']} (best of {t['epochs_run']} epochs: {t['best_epoch']})")
     report.sections += [("How it was trained", evaluation.embed(training.plot_history(run), "training curves")), ("Model card", prediction.card(prediction.Bundle(run.folder, None, run.card), "html"))]
     report.save(folder)
@@ -392,11 +394,11 @@ def _free(folder: Path) -> Path:
     "The folder itself, or with the next free number behind it."
     return folder if not folder.exists() else next(f for n in range(2, 10_000) if not (f := folder.with_name(f"{folder.name}-{n}")).exists())
 
-# %% ../nbs/24_cli.ipynb #60f3d049
+# %% ../nbs/24_cli.ipynb #92f979d4
 def _predictions(run, data: str, skip_bad: bool):
     "What a run makes of another data set's test films (of all, where it has no test set), without films it has learned from."
     import pandas as pd
-    from cxr_course import core, pipelines, training
+    from cxr_course import core, pipelines, prediction, training
     card = run.card
     frame = _load(data, len(card["labels"]) if card["kind"] == "classes" and len(card["labels"]) in (2, 3) else None)
     if core.classes(frame) != card["labels"]: raise core.CourseError("the data set asks another question than the model answers", f"{', '.join(core.classes(frame))}; the model knows {', '.join(card['labels'])}", "evaluate it on films labelled with its own classes")
@@ -411,6 +413,9 @@ def _predictions(run, data: str, skip_bad: bool):
         if taught.any(): typer.echo(f"note: the model has learned from {taught.sum()} of these {len(films)} pictures; they are left out")
         if taught.all(): raise core.CourseError("the model has learned from every one of these pictures", data, "give it films that it has never seen")
         store = store.using(films[~taught].drop(columns="sha256").reset_index(drop=True))
+    if "seen" in card:
+        odd = sum(map(bool, prediction.survey(store, card["seen"])))
+        typer.echo(f"{odd} of {len(store)} pictures look unlike the training films")
     return training.predict(run.model, store)
 
 # %% ../nbs/24_cli.ipynb #647fc22f
