@@ -364,7 +364,7 @@ def page(
 </main>
 </div>""", about.path.parent)
 
-# %% ../nbs/90_build.ipynb #bc9ebf2e
+# %% ../nbs/90_build.ipynb #2de70192
 def contents(
     grouped: list[tuple[str, list[Chapter]]], # what `parts` returns
     outcomes: dict[str, Outcome], # what is known of each chapter's last run
@@ -373,7 +373,7 @@ def contents(
     "The opening page: every chapter with its headline figure."
     def line(c: Chapter) -> str:
         done = outcomes.get(c.name)
-        note = "not run yet" if not done else f'<b class="failed">failed</b> at {html.escape(done.failure)}' if done.failure else re.sub(r"(\S+(?: \(.+ to .+\))?)$", r"<b>\1</b>", html.escape(done.headline))
+        note = "not run yet" if not done else f'<b class="failed">failed</b> at {html.escape(done.failure)}' if done.failure else re.sub(r"(\S+(?: \([^()]+ to [^()]+\))?)$", r"<b>\1</b>", html.escape(done.headline))
         note = f'<p class="found">{note}</p>' if note else ""
         title = f'<a href="{c.page}">{html.escape(c.title)}</a>' if done else html.escape(c.title)
         cost = f"{_clock(done.seconds)}, {done.memory / 2**20:.0f} MB" if done else ""
