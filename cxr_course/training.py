@@ -29,8 +29,8 @@ from . import cnn, core, decisions, evaluation, pipelines, splits
 from .core import CourseError, PALETTE, atomic, classes, findings, rng
 
 # %% auto #0
-__all__ = ['cross_entropy', 'best_epoch', 'plateau', 'cosine', 'enough', 'predict', 'fit', 'load_model', 'Run', 'load_run',
-           'plot_history']
+__all__ = ['RECIPE', 'cross_entropy', 'best_epoch', 'plateau', 'cosine', 'enough', 'predict', 'fit', 'load_model', 'Run',
+           'load_run', 'plot_history', 'jitter']
 
 # %% ../nbs/12_training.ipynb #682ed5ce
 def cross_entropy(
@@ -92,7 +92,7 @@ def enough(
     losses = list(losses)
     return bool(losses) and len(losses) - 1 - best_epoch(losses) >= patience
 
-# %% ../nbs/12_training.ipynb #24ab2f53
+# %% ../nbs/12_training.ipynb #6605c471
 def predict(
     model, # a model that gives logits
     store, # a Store of films
@@ -103,10 +103,10 @@ def predict(
     rows = _rows(store, split)
     frame = store.frame.iloc[rows].reset_index(drop=True)
     _refuse_misfit(model, store)
-    p = cnn.probabilities(_logits(model, store, rows, batch), findings=bool(findings(frame)))
+    p = cnn.probabilities(_logits(_forward(model, store.shape), store, rows, batch), findings=bool(findings(frame)))
     return frame.assign(**{f"p_{c}": p[:, i] for i, c in enumerate(classes(frame))})
 
-# %% ../nbs/12_training.ipynb #95c034a4
+# %% ../nbs/12_training.ipynb #cf21e650
 def _rows(store, split: str | None) -> np.ndarray:
     rows = store.rows(split)
     if not len(rows): raise CourseError(f"there is no film in the split {split!r}", None, "split the frame before building the store: `splits.split` or `splits.hold_out`")
@@ -118,18 +118,23 @@ def _refuse_misfit(model, store) -> None:
     if tuple(size) != (None, None) and tuple(size) != tuple(store.shape):
         raise CourseError(f"the model takes films of {size[0]} x {size[1]}, the store holds {store.shape[0]} x {store.shape[1]}", model.name, "build one of them with the other's shape")
 
-def _logits(model, store, rows: np.ndarray, batch: int = 64) -> np.ndarray:
-    films = lambda i: (store.take(rows[i:i + batch]) / np.float32(255))[..., None]
-    return np.concatenate([model.predict_on_batch(films(i)) for i in range(0, len(rows), batch)])
+def _forward(model, shape: tuple[int, int]):
+    "The model compiled for batches of any size."
+    return tf.function(lambda x: model(x, training=False)).get_concrete_function(tf.TensorSpec((None, *shape, 1), tf.float32))
+
+def _logits(forward, store, rows: np.ndarray, batch: int = 64) -> np.ndarray:
+    films = lambda i: tf.constant((store.take(rows[i:i + batch]) / np.float32(255))[..., None])
+    return np.concatenate([forward(films(i)).numpy() for i in range(0, len(rows), batch)])
 
 def _auc(frame: pd.DataFrame, p: np.ndarray) -> float:
     asked = evaluation.questions(frame.assign(**{f"p_{c}": p[:, i] for i, c in enumerate(classes(frame))}))
     each = [evaluation.auc(*q) for q in asked.values()]
     return float(np.mean([a for a in each if not np.isnan(a)] or [np.nan]))
 
-# %% ../nbs/12_training.ipynb #fbb19801
-def _step(model, optimizer, loss: Callable, augment: Callable | None):
-    @tf.function(reduce_retracing=True)
+# %% ../nbs/12_training.ipynb #3ef2b645
+def _step(model, optimizer, loss: Callable, augment: Callable | None, spec: tuple):
+    "One step of training, compiled for batches like `spec`."
+    if not optimizer.built: optimizer.build(model.trainable_variables)
     def step(x, y):
         if augment is not None: x = augment(x, training=True)
         with tf.GradientTape() as tape:
@@ -138,7 +143,7 @@ def _step(model, optimizer, loss: Callable, augment: Callable | None):
         weights = model.trainable_variables
         optimizer.apply(tape.gradient(total, weights), weights)
         return value
-    return step
+    return tf.function(step).get_concrete_function(*spec)
 
 # %% ../nbs/12_training.ipynb #9cb15d00
 def _seed(*keys) -> int: return int(rng(*keys).integers(2**31))
@@ -169,7 +174,7 @@ def _read_history(folder: Path) -> pd.DataFrame:
         return history.assign(epoch=history["epoch"].astype(int))
     except (OSError, ValueError, KeyError) as e: raise CourseError(f"the history cannot be read ({e})", folder / "history.csv", "copy the run again") from e
 
-# %% ../nbs/12_training.ipynb #fcc02020
+# %% ../nbs/12_training.ipynb #1d114270
 def _open(run: Path, plan: dict, resume: bool) -> Path:
     "The folder to work in: a new one, or the one a killed run left, if its plan is ours."
     part = run.with_name(f".{run.name}.partial")
@@ -182,7 +187,8 @@ def _open(run: Path, plan: dict, resume: bool) -> Path:
         if differ: raise CourseError(f"the killed run had another {', '.join(differ)}", part, "resume with the same data and settings, or start a new run under another name")
         return part
     if part.exists(): raise CourseError("a killed run lies here unfinished", part, "continue it with resume=True, or remove it")
-    part.mkdir(parents=True)
+    try: part.mkdir(parents=True)
+    except OSError as e: raise CourseError(f"the folder of the run cannot be made ({e.strerror})", part, "choose a place you may write to") from e
     (part / "plan.json").write_text(json.dumps(plan, indent=1))
     return part
 
@@ -257,7 +263,7 @@ def fit(
     interrupted = _train(model, train, val, part, plan, augment, loss, each, resume)
     return _finish(model, train, val, part, run, plan, unknown, interrupted)
 
-# %% ../nbs/12_training.ipynb #2039f8de
+# %% ../nbs/12_training.ipynb #cf909cbd
 def _describe(augment) -> str | None:
     if augment is None: return None
     return json.dumps(keras.saving.serialize_keras_object(augment), sort_keys=True, default=str) if isinstance(augment, keras.Layer) else getattr(augment, "__name__", "custom")
@@ -268,14 +274,14 @@ def _train(model, train, val, part: Path, plan: dict, augment, loss, each, resum
     opt.build(model.trainable_variables)
     variables = [v for v in (*model.variables, *opt.variables) if "seed_generator_state" not in v.path]
     history = _load_state(part, variables).to_dict("records") if resume else []
-    step = _step(model, opt, loss or (lambda y, z: cross_entropy(y, z, plan["smoothing"])), augment)
-    rows, truth = _rows(val, "val"), val.labels("val")
+    step = _step(model, opt, loss or (lambda y, z: cross_entropy(y, z, plan["smoothing"])), augment, pipelines.stream(train, "train").element_spec)
+    forward, rows, truth = _forward(model, val.shape), _rows(val, "val"), val.labels("val")
     frame = val.frame.iloc[rows]
     logs = tf.summary.create_file_writer(str(part / "logs"))
     try:
         while len(history) < plan["epochs"] and not enough([h["val_loss"] for h in history], plan["patience"]):
             row = _epoch(model, train, step, opt, history, plan, augment)
-            z = _logits(model, val, rows)
+            z = _logits(forward, val, rows)
             row |= dict(val_loss=float((loss or cross_entropy)(truth, z)), val_auc=_auc(frame, cnn.probabilities(z, bool(findings(frame)))))
             row["seconds"] = round(time.perf_counter() - row.pop("began"), 2)
             history.append(row)
@@ -373,7 +379,7 @@ def load_model(
         if "lambda" in str(e).lower(): raise CourseError("the model carries Python code (a Lambda layer), which would run on opening it", path, "do not open models from strangers; ask for one made of ordinary layers") from e
         raise CourseError(f"the model file is damaged or needs layers that are not installed ({type(e).__name__})", path, "copy it again, and compare its SHA-256") from e
 
-# %% ../nbs/12_training.ipynb #99a9c1f7
+# %% ../nbs/12_training.ipynb #bd2fe889
 @dataclass
 class Run:
     "A finished run: its card, history and predictions, and the model when asked for."
@@ -389,15 +395,16 @@ class Run:
     def threshold(self): return self.card["threshold"]
 
     @property
-    def metrics(self) -> pd.DataFrame: # long: split, of, metric, value, low, high, note
-        return pd.concat([pd.DataFrame(rows).assign(split=s)[["split", *rows[0]]] for s, rows in self.card["metrics"].items()], ignore_index=True)
+    def metrics(self) -> pd.DataFrame: # one row a figure: split, of, metric, value, low, high, note
+        rows = [dict(split=s, **row) for s, found in self.card["metrics"].items() for row in found]
+        return pd.DataFrame(rows).astype({"value": float, "low": float, "high": float})
 
-    def metric(self, name: str = "AUC", split: str = "test", of: str | None = None) -> evaluation.Estimate: # value, low, high, note
+    def metric(self, name: str = "AUC", split: str = "test", of: str | None = None) -> evaluation.Estimate:
         "One figure with its interval; of several classes or findings the macro mean unless `of` names one."
         m = self.metrics.query("split == @split and metric == @name")
-        m = m[m["of"] == of] if of else m.tail(1)
+        m = m[m["of"] == of] if of else m
         if m.empty: raise CourseError(f"the card has no {name} of {of or 'all'} for {split}", self.folder, f"it has {', '.join(sorted(set(self.metrics['metric'])))}")
-        return evaluation.Estimate(*(np.nan if v is None else v for v in m.iloc[0][["value", "low", "high"]].astype(object).where(lambda s: s.notna(), None)), m.iloc[0]["note"] or "")
+        return evaluation.Estimate(*m.iloc[-1][["value", "low", "high"]], m.iloc[-1]["note"] or "")
 
     def __repr__(self):
         t = self.card["training"]
@@ -428,7 +435,7 @@ def _read_predictions(file: Path, card: dict) -> pd.DataFrame:
     if absent: raise CourseError(f"the predictions lack {', '.join(absent)}", file, "copy the run again")
     return core.frame(df, labels=card["labels"] if card["kind"] == "classes" else None)
 
-# %% ../nbs/12_training.ipynb #30cdccb6
+# %% ../nbs/12_training.ipynb #642da2fe
 def plot_history(
     *runs: Run | pd.DataFrame, # one run, or several of the same network with other seeds: then mean and spread are drawn
 ): # a matplotlib Figure
@@ -446,6 +453,20 @@ def plot_history(
         for ax, key in ((left, "val_loss"), (right, "val_auc")): ax.plot(best["epoch"], best[key], "*", markersize=11, color=PALETTE[3], label="kept" if h is histories[0] else None)
     left.set(xlabel="epoch", ylabel="loss")
     right.set(xlabel="epoch", ylabel="AUC")
-    for ax in (left, right): ax.legend(frameon=False)
+    for ax in (left, right):
+        ax.xaxis.get_major_locator().set_params(integer=True)
+        ax.legend(frameon=False)
     plt.close(fig)
     return fig
+
+# %% ../nbs/12_training.ipynb #0829d30e
+RECIPE = dict(schedule="cosine", optimizer="adamw", lr=3e-3, smoothing=.05, patience=20)
+
+def jitter(
+    shape: tuple[int, int], # (h, w) of the films
+    seed: int = 0, # of the numbers drawn; `fit` seeds them anew for every epoch
+): # a Keras layer from films (n, h, w, 1) to films
+    "Films as they might also have been taken: moved, turned, nearer or farther, other contrast and exposure; never mirrored."
+    draw, near = keras.layers, dict(fill_mode="nearest")
+    return keras.Sequential([keras.Input((*shape, 1)), draw.RandomTranslation(.08, .08, seed=seed, **near), draw.RandomRotation(.03, seed=seed + 1, **near), draw.RandomZoom(.1, seed=seed + 2, **near),
+                             draw.RandomContrast(.2, value_range=(0, 1), seed=seed + 3), draw.RandomBrightness(.1, value_range=(0, 1), seed=seed + 4)], name="jitter")
