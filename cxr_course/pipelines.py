@@ -251,7 +251,7 @@ def stream(
     if normalise is None: data = data.map(lambda x, y: (tf.cast(x, tf.float32) * np.float32(1 / 255), y))
     return data.apply(tf.data.experimental.assert_cardinality(tf.data.INFINITE_CARDINALITY if repeat else -(-len(rows) // batch))).prefetch(2)
 
-# %% ../nbs/06_pipelines.ipynb #055d4cd5
+# %% ../nbs/06_pipelines.ipynb #6c00b429
 class Normalizer:
     "Brings pictures to a common scale: by fixed numbers, each film by its own, or by what the training films are like."
     def __init__(self,
@@ -268,8 +268,7 @@ class Normalizer:
         if self.kind != "train": raise CourseError(f"a normaliser of kind {self.kind!r} learns nothing", None, "use Normalizer('train').fit(store)")
         rows = store.rows("train")
         if not len(rows): raise CourseError("no film of the frame is in split 'train'", "column `split`", "cut it first with splits.split or splits.hold_out")
-        levels = sum(np.bincount(store.take(rows[i:i + 256]).ravel(), minlength=256) for i in range(0, len(rows), 256))
-        grey = np.arange(256) / 255
+        grey, levels = np.arange(256) / 255, sum(np.bincount(store.take(rows[i:i + 256]).ravel(), minlength=256) for i in range(0, len(rows), 256))
         self.mean = float((levels * grey).sum() / levels.sum())
         self.std = float(np.sqrt((levels * (grey - self.mean) ** 2).sum() / levels.sum()))
         return self
