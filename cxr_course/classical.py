@@ -106,19 +106,19 @@ def folds(
     cut = StratifiedGroupKFold(k, shuffle=True, random_state=int(rng(seed, "folds").integers(2**31)))
     return list(cut.split(np.zeros(len(keys)), label, keys))
 
-# %% ../nbs/09_classical.ipynb #470b9157
+# %% ../nbs/09_classical.ipynb #de9c8b3c
 def search(
     x: np.ndarray, # (n, pixels) training films as rows
     frame: pd.DataFrame, # their frame, row by row
     kind: str = "svm", # 'svm' or 'logistic'
-    k: int = 4, # folds
+    n_folds: int = 4, # of the search
     seed: int = 0, # of folds and PCA
     unknown: str = "raise", # films without patient: 'raise' or 'picture'
 ): # a fitted scikit-learn GridSearchCV: `.best_estimator_`, `.best_score_`, `.cv_results_`
     "Try every setting of the grid by cross-validation over patients, then learn from all films with the best."
     from sklearn.model_selection import GridSearchCV
     from threadpoolctl import threadpool_limits
-    cuts = folds(frame, k, seed, unknown)
+    cuts = folds(frame, n_folds, seed, unknown)
     most = min(max(GRIDS[kind]["k"]) if kind in GRIDS else 1, min(len(a) for a, _ in cuts) - 1, x.shape[1])
     with tempfile.TemporaryDirectory() as memory, threadpool_limits(1):
         found = GridSearchCV(machine(kind, most, seed).set_params(memory=memory), _grid(kind, most), scoring="roc_auc", cv=cuts).fit(x, frame["label"].cat.codes.to_numpy())
@@ -157,12 +157,12 @@ class Reader:
         raw = frame.assign(**{f"p_{self.labels[0]}": 1 - p, f"p_{self.labels[1]}": p})
         return self.calibration.apply(raw) if self.calibration else raw
 
-# %% ../nbs/09_classical.ipynb #79e71126
+# %% ../nbs/09_classical.ipynb #82dd45a1
 def fit(
     store, # a Store of films of two classes, with patients split into train and val
     kind: str = "svm", # 'svm' or 'logistic'
     side: int = 64, # longer side of the pictures it learns from, pixels
-    k: int = 4, # folds of the search
+    n_folds: int = 4, # of the search
     seed: int = 0, # of folds and PCA
     unknown: str = "raise", # films without patient: 'raise' or 'picture'
 ) -> Reader:
@@ -173,7 +173,7 @@ def fit(
         if store.frame.loc[store.frame["split"] == s, "label"].nunique() < 2: raise CourseError(f"the split {s!r} needs films of both classes", None, "cut it with `splits.hold_out`")
     refuse_leakage(store.frame, unknown=unknown)
     rows = store.rows("train")
-    reader = Reader(kind, search(as_rows(store.take(rows), side), store.frame.iloc[rows], kind, k, seed, unknown), names, side)
+    reader = Reader(kind, search(as_rows(store.take(rows), side), store.frame.iloc[rows], kind, n_folds, seed, unknown), names, side)
     reader.calibration = decisions.calibrate(reader.predict(store, "val"), "platt")
     reader.threshold = decisions.choose_threshold(reader.predict(store, "val"))
     return reader
@@ -211,22 +211,22 @@ class Bar:
         if not isinstance(kept, dict) or set(kept) != set(cls.__dataclass_fields__): raise CourseError("this is no bar", path, "make it with `classical.bar`")
         return cls(**{k: float("nan") if v is None else v for k, v in kept.items()})
 
-# %% ../nbs/09_classical.ipynb #61453098
+# %% ../nbs/09_classical.ipynb #788bac21
 def bar(
     store, # a Store of films of two classes, split into train, val and test
     kind: str = "svm", # 'svm' or 'logistic'
     side: int = 64, # longer side of the pictures it learns from, pixels
-    k: int = 4, # folds of the search
+    n_folds: int = 4, # of the search
     seed: int = 0, # of folds and PCA
     unknown: str = "raise", # films without patient: 'raise' or 'picture'
 ) -> Bar: # from the cache if the same films were asked about before
     "The bar for these films: fit the classical machine, read the test films, keep the figure."
-    mark = hashlib.blake2b(f"1 {kind} {side} {k} {seed} {unknown} {store.shape}".encode(), digest_size=8)
+    mark = hashlib.blake2b(f"1 {kind} {side} {n_folds} {seed} {unknown} {store.shape}".encode(), digest_size=8)
     for i in range(0, len(store), 512): mark.update(np.ascontiguousarray(store.take(np.arange(i, min(i + 512, len(store))))))
     mark.update("\n".join(map(str, zip(patients(store.frame, unknown), store.frame["split"], store.frame["label"]))).encode("utf8", "surrogateescape"))
     kept = cache_dir("bars") / f"{mark.hexdigest()}.json"
     if kept.exists(): return Bar.read(kept)
-    read = fit(store, kind, side, k, seed, unknown).predict(store, "test")
+    read = fit(store, kind, side, n_folds, seed, unknown).predict(store, "test")
     (y, p), = evaluation.questions(read).values()
     keys = patients(read, unknown)
     auc = evaluation.auc_interval(y, p, keys, seed=seed)
