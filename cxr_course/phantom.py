@@ -686,7 +686,7 @@ def _kaggle_name(r):
 def _covid_name(r): return f"{r.split.title()}/{r.label}/images/{r.label.replace('-', '')}_{r.film + 1}.png"
 def _dicom_name(r): return f"{r.patient}/{r.film:06d}.dcm"
 
-# %% ../nbs/01_phantom.ipynb #148d68da
+# %% ../nbs/01_phantom.ipynb #1a0167a9
 LAYOUTS = {"mendeley": _mendeley_name, "kaggle": _kaggle_name, "nih": _nih_name, "covid": _covid_name, "dicom": _dicom_name}
 
 def write(
@@ -697,8 +697,9 @@ def write(
 ) -> Path: # the folder
     "Draw every film of a world and write it in the layout of a real data set, with `truth.csv` beside it."
     if layout not in LAYOUTS: raise CourseError(f"unknown layout {layout!r}", None, f"the known ones are {', '.join(LAYOUTS)}")
-    if ("label" in world) == (layout == "nih"): raise CourseError(f"the layout {layout!r} does not fit a world with {'one label' if 'label' in world else 'fourteen findings'} a film", None,
-                                                                 "use kind='nih' with the layouts nih or dicom" if layout == "nih" else "use another layout or another kind of world")
+    fits = {"mendeley": "pneumonia", "kaggle": "pneumonia"}.get(layout, layout)
+    kind = "nih" if "label" not in world else next((k for k, (labels, _) in KINDS.items() if labels and set(world["label"]) <= set(labels)), "other")
+    if fits not in (kind, "dicom"): raise CourseError(f"the layout {layout!r} does not fit a world of kind {kind!r}", None, f"plan it with world(..., kind={fits!r}), or use another layout")
     from joblib import Parallel, delayed
     plan = world.assign(number=world.groupby("patient").cumcount())
     plan["path"] = [LAYOUTS[layout](r) for r in plan.itertuples(index=False)]

@@ -92,3 +92,17 @@ def test_ties_are_as_strong_as_asked():
         w = phantom.world(400, seed=2, tie={"marker": strength}, films=(1, 1))
         told = w["marker"].eq("AP")[w["label"] != "NORMAL"].mean()
         assert abs(told - strength) < .08
+
+
+@pytest.mark.parametrize("kind,layout", [("nih", "kaggle"), ("pneumonia", "nih"), ("covid", "mendeley"), ("pneumonia", "covid")])
+def test_a_layout_that_does_not_fit_is_refused(tmp_path, kind, layout):
+    with pytest.raises(CourseError, match="does not fit"): phantom.write(phantom.world(3, kind=kind, pixels=48), tmp_path / "x", layout)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", phantom.KINDS)
+def test_every_kind_can_be_written_as_dicom(tmp_path, kind):
+    pydicom = pytest.importorskip("pydicom")
+    plan = phantom.world(2, kind=kind, pixels=48)
+    files = sorted(phantom.write(plan, tmp_path / "x", "dicom").rglob("*.dcm"))
+    assert len(files) == len(plan) and {pydicom.dcmread(f).PatientID for f in files} == set(plan["patient"])
