@@ -595,7 +595,7 @@ def add_finding(
     area = (s.thin > before + .5) if finding == "Pneumothorax" else ndimage.gaussian_filter(fluid, .25 * s.beam.chest.scale / s.beam.px) > .30
     return area
 
-# %% ../nbs/01_phantom.ipynb #122f001a
+# %% ../nbs/01_phantom.ipynb #d8039b4b
 def film(
     row, # one row of a world (a Series, a namedtuple or a dict)
     shape: tuple[int, int] | None = None, # rows, columns; default: the row's own height and width
@@ -620,7 +620,10 @@ def film(
 def _found(row: dict) -> dict[str, float]:
     "The findings of a row with their severities."
     severity = float(row["severity"])
-    if "label" in row: return {row["label"]: severity} if row["label"] in PNEUMONIAS else {"Infiltration": severity} if row["label"] == "Non-COVID" else {}
+    if "label" in row:
+        drawn = {"NORMAL": {}, "Normal": {}, "Non-COVID": {"Infiltration": severity}, **{p: {p: severity} for p in PNEUMONIAS}}
+        if row["label"] not in drawn: raise CourseError(f"nobody knows how to draw {row['label']!r}", "column `label`", f"draw first and merge labels afterwards; known are {', '.join(drawn)}")
+        return drawn[row["label"]]
     return {f: float(np.clip(severity * rng(row["seed"], row["patient"], f, "how much").uniform(.6, 1.4), 0, 1)) for f in FINDINGS if row.get(f) == 1}
 
 # %% ../nbs/01_phantom.ipynb #934f4cc9
