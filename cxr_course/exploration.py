@@ -40,9 +40,9 @@ def counts(
 
 def _named(values: pd.Series, missing: str) -> pd.Series: return values.astype("string").astype(object).where(values.notna(), missing)
 
-# %% ../nbs/03_exploration.ipynb #8ab07454
+# %% ../nbs/03_exploration.ipynb #d5589e3e
 LOOK = {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.grid.axis": "y", "axes.axisbelow": True, "grid.color": "#e4e6e8", "grid.linewidth": .8,
-        "axes.edgecolor": "#8a9097", "xtick.color": "#4a4f55", "ytick.color": "#4a4f55", "xtick.labelsize": 8, "ytick.labelsize": 8, "axes.labelsize": 9, "figure.facecolor": "white", "figure.dpi": 80}
+        "axes.edgecolor": "#8a9097", "xtick.color": "#4a4f55", "ytick.color": "#4a4f55", "xtick.labelsize": 8, "ytick.labelsize": 8, "axes.labelsize": 9, "figure.facecolor": "white", "figure.dpi": 72}
 
 def _panels(
     rows: int = 1, # of panels
@@ -62,7 +62,7 @@ def _say(ax, title: str = "", x: str = "", y: str = "") -> None:
 
 def _legend(ax, **how) -> None: ax.legend(frameon=False, fontsize=8, **how)
 
-# %% ../nbs/03_exploration.ipynb #64090eef
+# %% ../nbs/03_exploration.ipynb #d184d3ea
 def plot_counts(
     frame: pd.DataFrame, # a frame of films
 ): # a figure
@@ -74,7 +74,7 @@ def plot_counts(
         bars = ax.barh([c.replace("_", " ") for c in names], row[names], color=PALETTE[0] if many else [PALETTE[i] for i in range(len(names))], height=.7)
         ax.bar_label(bars, [f"{v:,}" for v in row[names]], padding=3, fontsize=8)
         ax.grid(False), ax.margins(x=.25), ax.locator_params(axis="x", nbins=3)
-        _say(ax, f"{split}: {row['films']:,} films" + (f", {row['patients']:,} patients" if row["patients"] else ""), "films")
+        _say(ax, f"{split}\n{row['films']:,} films" + (f", {row['patients']:,} patients" if row["patients"] else ""), "films")
     axes[0, 0].invert_yaxis()
     return fig
 
@@ -115,7 +115,7 @@ def share(
     middle, half = p + z * z / 2 / n, z * np.sqrt(p * (1 - p) / n + (z / 2 / n) ** 2)
     return p, max(0., (middle - half) / (1 + z * z / n)), min(1., (middle + half) / (1 + z * z / n))
 
-# %% ../nbs/03_exploration.ipynb #e38b51a9
+# %% ../nbs/03_exploration.ipynb #d7b59233
 def prevalence(
     frame: pd.DataFrame, # a frame of films
     unknown: str = "raise", # films without patient: 'raise', or 'picture' (by `study` if known, else each for itself)
@@ -123,7 +123,7 @@ def prevalence(
     "How common each class or finding is, with an interval that respects patients."
     who, rows = pd.factorize(patients(frame, unknown))[0], []
     for c in classes(frame):
-        y = (frame["label"] == c).where(frame["label"].notna()) if "label" in frame else frame[c]
+        y = (frame["label"] == c).astype(float).where(frame["label"].notna()) if "label" in frame else frame[c]
         known = y.notna().to_numpy()
         rows.append(dict(finding=c, films=int(known.sum()), positive=int(y.sum()), **dict(zip(("share", "low", "high"), share(y[known], who[known])))))
     return pd.DataFrame(rows)
@@ -133,16 +133,16 @@ def plot_prevalence(
 ): # a figure
     "Prevalences with their intervals, most common first."
     rows = rows.sort_values("share", ascending=True)
-    fig, axes = _panels(1, 1, (6, .23 * len(rows) + .9))
+    fig, axes = _panels(1, 1, (5.2, .21 * len(rows) + .9))
     ax, at = axes[0, 0], np.arange(len(rows))
     ax.hlines(at, 100 * rows["low"], 100 * rows["high"], color=PALETTE[0], linewidth=2)
     ax.plot(100 * rows["share"], at, "o", color=PALETTE[0], markersize=5)
     ax.set_yticks(at, [f"{f.replace('_', ' ')} ({n:,})" for f, n in zip(rows["finding"], rows["positive"])])
-    ax.grid(axis="x", color="#e4e6e8"), ax.set_xlim(left=0)
+    ax.grid(axis="x", color="#e4e6e8"), ax.set_xlim(left=0), ax.set_ylim(-.6, len(rows) - .4)
     _say(ax, "prevalence, with 95 % interval by patient", "films with it (%)")
     return fig
 
-# %% ../nbs/03_exploration.ipynb #ecda6de1
+# %% ../nbs/03_exploration.ipynb #240ed29a
 def cooccurrence(
     frame: pd.DataFrame, # a frame with finding columns
 ) -> pd.DataFrame: # (k, k) films that show both findings; on the diagonal, films that show the one
@@ -150,7 +150,7 @@ def cooccurrence(
     names = findings(frame)
     if not names: raise CourseError("this frame has one label a film, so nothing can occur together", "column `label`", "use a frame with one column a finding")
     seen = (frame[names] == 1).to_numpy(np.float32)
-    return pd.DataFrame((seen.T @ seen).astype(int), index=names, columns=names)
+    return pd.DataFrame((seen.T @ seen).astype(int), index=pd.Index(names, name="finding"), columns=names)
 
 def plot_cooccurrence(
     frame: pd.DataFrame, # a frame with finding columns
@@ -159,7 +159,7 @@ def plot_cooccurrence(
     n = cooccurrence(frame)
     percent = 100 * n.to_numpy() / np.maximum(np.diag(n), 1)[:, None]
     np.fill_diagonal(percent, np.nan)
-    fig, axes = _panels(1, 1, (.42 * len(n) + 1.8, .34 * len(n) + 1.4))
+    fig, axes = _panels(1, 1, (.36 * len(n) + 1.8, .28 * len(n) + 1.4))
     ax, names = axes[0, 0], [c.replace("_", " ") for c in n]
     most = np.nanmax(percent) if len(n) > 1 else 1
     ax.imshow(percent, cmap="Blues", vmin=0, vmax=max(most, 1), aspect="auto")
@@ -170,7 +170,7 @@ def plot_cooccurrence(
     _say(ax, "of the films with the row's finding, so many per cent also show the column's")
     return fig
 
-# %% ../nbs/03_exploration.ipynb #b1898631
+# %% ../nbs/03_exploration.ipynb #86257c2f
 def show_classes(
     frame: pd.DataFrame, # a frame of films
     each: int = 4, # films of each class or finding
@@ -185,8 +185,8 @@ def show_classes(
     each = min(each, *map(len, having.values()), 99)
     chosen = [(c, int(i)) for c, rows in having.items() for i in sorted(rng(seed, "show", c).permutation(rows)[:each])]
     pictures = [(read or _grey)(frame["path"].iloc[i]) for _, i in chosen]
-    titles = [f"{c.replace('_', ' ')}" + (f", {h} x {w}" if pd.notna(h) else "") for c, i in chosen for h, w in [(frame["height"].iloc[i], frame["width"].iloc[i])]]
-    return show_films(pictures, titles, cols=each, height=1.25)
+    titles = [f"{c.replace('_', ' ')}" + (f"\n{h} x {w}" if pd.notna(h) else "") for c, i in chosen for h, w in [(frame["height"].iloc[i], frame["width"].iloc[i])]]
+    return show_films(pictures, titles, cols=each, height=1.3)
 
 # %% ../nbs/03_exploration.ipynb #e873787a
 def _grey(path, at_least: int = 160) -> np.ndarray:
@@ -198,11 +198,11 @@ def _grey(path, at_least: int = 160) -> np.ndarray:
     x = (x - x.min()) / (np.ptp(x) or 1)
     return 1 - x if getattr(it, "PhotometricInterpretation", "") == "MONOCHROME1" else x
 
-# %% ../nbs/03_exploration.ipynb #9fb2da0e
+# %% ../nbs/03_exploration.ipynb #4ebf1638
 def _groups(frame: pd.DataFrame, by: str) -> tuple[pd.Series, dict[str, str]]:
     "The group of every film, and a colour for each group; for frames of findings, `label` means any finding or none."
     if by == "split": return _named(frame["split"], "no split"), {**dict(zip(SPLITS, (PALETTE[2], PALETTE[5], PALETTE[7]))), "no split": "#888888"}
-    if by != "label": 
+    if by != "label":
         names = _named(frame[by], "unknown")
         keep = names.value_counts().index[:7]
         names = names.where(names.isin(keep), "other")
@@ -216,16 +216,16 @@ def _measured(frame: pd.DataFrame) -> pd.DataFrame:
     if not ok.any(): raise CourseError("no film of this frame has a size", "columns `height` and `width`", "load it with sizes=True")
     return frame[ok]
 
-# %% ../nbs/03_exploration.ipynb #57a953d8
+# %% ../nbs/03_exploration.ipynb #a8048e18
 def plot_sizes(
     frame: pd.DataFrame, # a frame of films with sizes
     by: Iterable[str] = ("label", "split"), # columns to colour by, one panel each
-    most: int = 3000, # points at most
+    most: int = 1000, # points at most, chosen by lot
 ): # a figure
     "Aspect ratios as a histogram, and height against width, by class and by split."
     df, by = _measured(frame), list(by)
     ratio = (df["height"] / df["width"]).astype(float)
-    fig, axes = _panels(1, 1 + len(by), (9 / (1 + len(by)), 3.1))
+    fig, axes = _panels(1, 1 + len(by), (min(3.6, 9 / (1 + len(by))), 2.8))
     group, colour = _groups(df, by[0])
     edges = np.linspace(*np.percentile(ratio, [.2, 99.8]) + [-.01, .01], 31)
     for g in [g for g in colour if (group == g).any()]: axes[0, 0].hist(ratio[group == g], edges, histtype="step", linewidth=1.8, color=colour[g], label=g, weights=np.full((group == g).sum(), 100 / (group == g).sum()))
@@ -237,12 +237,12 @@ def plot_sizes(
         for g, mark in zip([g for g in colour if (group == g).any()], "o^sDvP*Xo"):
             some = df.iloc[pick_][(group.iloc[pick_] == g).to_numpy()]
             ax.plot(some["width"], some["height"], mark, color=colour[g], markersize=3, alpha=.45, markeredgewidth=0, label=g)
-        ends = np.array([0, float(df["width"].max()) * 1.03])
+        ends = np.array([df["width"].min() * .95, df["width"].max() * 1.03], float)
         ax.plot(ends, ends * ratio.mean(), "--", color="#333", linewidth=1.2)
-        ax.set(xlim=(0, ends[1]), ylim=(0, float(df["height"].max()) * 1.05)), _legend(ax, markerscale=2, loc="upper left"), _say(ax, f"by {'class' if b == 'label' else b}", "width (pixels)", "height (pixels)")
+        ax.set(xlim=ends, ylim=(df["height"].min() * .95, df["height"].max() * 1.05)), _legend(ax, markerscale=2, loc="upper left"), _say(ax, f"by {'class' if b == 'label' else b}", "width (pixels)", "height (pixels)")
     return fig
 
-# %% ../nbs/03_exploration.ipynb #53d082d1
+# %% ../nbs/03_exploration.ipynb #fa84f791
 @dataclass
 class Glances:
     "What one quick look at every film of a frame gives. Row i belongs to `path[i]`; a film that could not be read has a missing `mean`."
@@ -258,11 +258,12 @@ class Glances:
     def __len__(self): return len(self.path)
     def of(self, frame: pd.DataFrame) -> Glances:
         "The glances of the films of a frame, in its order."
-        at = pd.Index(self.path).get_indexer(frame["path"])
+        where = {p: i for i, p in reversed(list(enumerate(self.path)))}
+        at = np.array([where.get(p, -1) for p in frame["path"]], int)
         if (at < 0).any(): raise CourseError(f"{(at < 0).sum()} films of the frame were never looked at", frame["path"].iloc[int(np.argmin(at))], "call glance(frame) on this frame")
         return self if np.array_equal(at, np.arange(len(self))) else Glances(*(getattr(self, f.name)[at] for f in fields(self)))
 
-# %% ../nbs/03_exploration.ipynb #a3893a41
+# %% ../nbs/03_exploration.ipynb #55f7e1cc
 def _glance_one(path, read: Callable, skip_bad: bool):
     from PIL import Image
     try: x = read(path)
@@ -274,9 +275,10 @@ def _glance_one(path, read: Callable, skip_bad: bool):
     k, b = max(2, round(.22 * min(h, w))), max(1, round(.03 * min(h, w)))
     corners = [small(c, (8, 8)) for c in (x[:k, :k], x[:k, -k:], x[-k:, :k], x[-k:, -k:])]
     border = [small(s, (1, 8) if s.shape[1] > s.shape[0] else (8, 1)).ravel() for s in (x[:b], x[-b:], x[:, :b], x[:, -b:])]
-    rough = np.abs(x[1:-1, 1:-1] - (x[:-2, 1:-1] + x[2:, 1:-1] + x[1:-1, :-2] + x[1:-1, 2:]) / 4)
+    e = np.pad(x, 1, mode="edge")
+    rough = np.abs(x - (e[:-2, 1:-1] + e[2:, 1:-1] + e[1:-1, :-2] + e[1:-1, 2:]) / 4)
     s = max(1, min(h, w) // 16)
-    blocks = rough[:(h - 2) // s * s, :(w - 2) // s * s].reshape((h - 2) // s, s, (w - 2) // s, s).mean((1, 3))
+    blocks = rough[:h // s * s, :w // s * s].reshape(h // s, s, w // s, s).mean((1, 3))
     lit = blocks[blocks > 1e-4]
     hist = np.bincount(np.minimum((x * 64).astype(int), 63).ravel(), minlength=64) / x.size
     return float(x.mean()), float(x.std()), float(np.percentile(lit, 10)) if lit.size else 0., hist.astype(np.float32), np.stack(corners).astype(np.uint8), np.stack(border).astype(np.uint8), small(x, (48, 48)).astype(np.uint8)
@@ -301,7 +303,7 @@ def glance(
             parts[j][i] = value
     return Glances(frame["path"].to_numpy(object), *parts)
 
-# %% ../nbs/03_exploration.ipynb #8e5c8a70
+# %% ../nbs/03_exploration.ipynb #3222c8a4
 def plot_brightness(
     frame: pd.DataFrame, # a frame of films
     glances: Glances, # from `glance`
@@ -310,7 +312,7 @@ def plot_brightness(
     df, g = _seen(frame, glances)
     split, (group, colour) = _named(df["split"], "no split"), _groups(df, "label")
     splits = [s for s in (*SPLITS, "no split") if (split == s).any()]
-    fig, axes = _panels(2, len(splits), (min(4.5, 9 / len(splits)), 2.1), sharey="row")
+    fig, axes = _panels(2, len(splits), (min(4, 9 / len(splits)), 1.9), sharey="row")
     edges = np.linspace(*np.percentile(g.mean, [.1, 99.9]) + [-.02, .02], 21)
     for (up, down), s in zip(axes.T, splits):
         for name in [n for n in colour if ((group == n) & (split == s)).any()]:
@@ -329,7 +331,7 @@ def _seen(frame: pd.DataFrame, glances: Glances) -> tuple[pd.DataFrame, Glances]
     if not ok.any(): raise CourseError("none of the films could be read", None, "see `check(frame)` of chapter 02")
     return (frame, g) if ok.all() else (frame[ok], g.of(frame[ok]))
 
-# %% ../nbs/03_exploration.ipynb #53f10c0f
+# %% ../nbs/03_exploration.ipynb #317b09cb
 def plot_average(
     frame: pd.DataFrame, # a frame of films
     glances: Glances, # from `glance`
@@ -341,7 +343,7 @@ def plot_average(
     stack = [g.small[y == v].astype(np.float32) / 255 for v in (0, 1)]
     gap = (stack[1].mean(0) - stack[0].mean(0)) / np.maximum(np.sqrt((stack[0].var(0) + stack[1].var(0)) / 2), .02)
     fig, axes = _panels(1, 3, (2.4, 2.3))
-    for ax, picture, word in zip(axes[0], (*(s.mean(0) for s in stack), gap), (f"not: {len(stack[0]):,}", f"{name}: {len(stack[1]):,}", "difference")):
+    for ax, picture, word in zip(axes[0], (*(s.mean(0) for s in stack), gap), (f"{classes(df)[0] if 'label' in df else 'no finding'}: {len(stack[0]):,}", f"{name}: {len(stack[1]):,}", "difference")):
         image = ax.imshow(picture, **(dict(cmap="gray", vmin=0, vmax=1) if word != "difference" else dict(cmap="PuOr_r", vmin=-1, vmax=1)), interpolation="bilinear")
         ax.axis("off"), ax.set_title(f"{title} {word}".strip() if ax is axes[0, 0] else word, fontsize=9)
     fig.colorbar(image, ax=axes[0, 2], shrink=.8).set_label("standard deviations", fontsize=8)
@@ -396,21 +398,21 @@ def plot_shares(
     axes[0, 0].set(ylabel=f"{name} (% of films)")
     return fig
 
-# %% ../nbs/03_exploration.ipynb #07f38b9e
+# %% ../nbs/03_exploration.ipynb #ec0716bd
 CANDIDATES = {   # what a shortcut is read from, and what to do about it
     "size": ("height and width of the film", "bring all films to one size by one method, and look for two machines or two sources behind it"),
-    "aspect": ("height over width alone", "crop to one aspect; ask why one class is filmed on another format"),
-    "view": ("the view alone", "train and report by view; those too ill to stand are filmed lying down"),
-    "source": ("the hospital or source alone", "test on a source that was never in training, and balance classes within each source"),
-    "sex": ("sex alone", "report by sex; if it is not biology, it is the way the films were gathered"),
-    "age": ("age alone", "report by age group; children among adults are a classical mistake of gathering"),
+    "aspect": ("height over width", "crop to one aspect; ask why one class is filmed on another format"),
+    "view": ("the view", "train and report by view; those too ill to stand are filmed lying down"),
+    "source": ("the hospital or source", "test on a source that was never in training, and balance classes within each source"),
+    "sex": ("the sex", "report by sex; if it is not biology, it is the way the films were gathered"),
+    "age": ("the age", "report by age group; children among adults are a classical mistake of gathering"),
     "brightness": ("mean and spread of the greys", "look at exposure and display settings of each class; normalise each film"),
     "grain": ("the noise in the quietest part", "look at dose, compression and resizing of each class"),
     "corners": ("four corner patches of 8 x 8 pixels", "look for letters, tags and burnt-in text with plot_average; cover or crop the corners"),
-    "border": ("the outermost strip on each side", "look for collimation, frames and padding; crop the border"),
+    "border": ("the outermost strips", "look for collimation, frames and padding; crop the border"),
 }
 
-# %% ../nbs/03_exploration.ipynb #7ac1ccbe
+# %% ../nbs/03_exploration.ipynb #e808b131
 def _evidence(frame: pd.DataFrame, g: Glances | None) -> dict[str, np.ndarray]:
     "For each candidate that varies, its numbers (n, k)."
     def number(*columns):
@@ -437,7 +439,7 @@ def _guess(x: np.ndarray, y: np.ndarray, who: np.ndarray, fold: np.ndarray, seed
     out, words, weight = np.empty(len(y)), x.shape[1] > 2 or set(np.unique(x)) <= {0., 1.}, 1 / np.bincount(who)[who]
     for k in range(5):
         new, old = fold[who] == k, rng(seed, "teach", k).permutation(np.flatnonzero(fold[who] != k))[:10_000]
-        model = make_pipeline(StandardScaler(), LogisticRegression(C=.1, max_iter=500)) if words else make_pipeline(DecisionTreeClassifier(max_depth=2, min_weight_fraction_leaf=.1, random_state=0))
+        model = make_pipeline(StandardScaler(), LogisticRegression(C=.1, solver="newton-cholesky")) if words else make_pipeline(DecisionTreeClassifier(max_depth=2, min_weight_fraction_leaf=.1, random_state=0))
         model.fit(x[old], y[old], **{f"{model.steps[-1][0]}__sample_weight": weight[old]})          # every patient counts once
         out[new] = rankdata(model.predict_proba(x[new])[:, 1]) / new.sum()
     return out
@@ -481,15 +483,15 @@ def shortcuts(
     if not rows: raise CourseError("there is nothing to try", f"{len(df)} films", "give glances, or a frame with sizes, views, sources or ages")
     return pd.DataFrame(rows).sort_values("auc", ascending=False, ignore_index=True)
 
-# %% ../nbs/03_exploration.ipynb #9c566565
+# %% ../nbs/03_exploration.ipynb #7de3fef8
 def _verdict(what, name, auc, low, high, alarm) -> str:
     "One sentence."
     how, cure = CANDIDATES[what]
-    if low > alarm: return f"Suspicious: {how} tells {name} from the rest with an AUC of {auc:.2f} ({low:.2f} to {high:.2f}); {cure}."
-    if high > .65 and high - low > .2: return f"Undecided: {how} reaches {auc:.2f}, but {low:.2f} to {high:.2f} is too wide to say; more patients are needed."
-    return f"Quiet: {how} reaches {auc:.2f} ({low:.2f} to {high:.2f})."
+    if low > alarm: return f"Suspicious: {name} is predicted by {how} alone with an AUC of {auc:.2f} ({low:.2f} to {high:.2f}); {cure}."
+    if high > .65 and high - low > .2: return f"Undecided: predicted by {how} alone with an AUC of {auc:.2f}, but {low:.2f} to {high:.2f} is too wide to say; more patients are needed."
+    return f"Quiet: predicted by {how} alone with an AUC of {auc:.2f} ({low:.2f} to {high:.2f})."
 
-# %% ../nbs/03_exploration.ipynb #d8112453
+# %% ../nbs/03_exploration.ipynb #4dd352b4
 def plot_shortcuts(
     found: pd.DataFrame | dict[str, pd.DataFrame], # from `shortcuts`, or several by name
 ): # a figure
@@ -497,7 +499,7 @@ def plot_shortcuts(
     several = found if isinstance(found, dict) else {"": found}
     order = [c for c in CANDIDATES if any(c in set(t["shortcut"]) for t in several.values())]
     if len(several) == 1: order = [c for t in several.values() for c in t["shortcut"]]
-    fig, axes = _panels(1, len(several), (6 if len(several) == 1 else 9 / len(several), .27 * len(order) + .9), sharey=True, sharex=True)
+    fig, axes = _panels(1, len(several), (5.6 if len(several) == 1 else 9 / len(several), .25 * len(order) + .9), sharey=True, sharex=True)
     for ax, (title, t) in zip(axes[0], several.items()):
         for r in t.itertuples():
             colour, at = PALETTE[3] if r.suspicious else PALETTE[0], order.index(r.shortcut)
@@ -505,10 +507,10 @@ def plot_shortcuts(
             ax.plot(r.auc, at, "D" if r.suspicious else "o", color=colour, markerfacecolor=colour if r.suspicious else "white", markersize=6)
         ax.axvline(.5, color="#333", linestyle="--", linewidth=1), ax.grid(axis="x", color="#e4e6e8"), ax.grid(axis="y", visible=False)
         _say(ax, title, "AUC of this alone")
-    axes[0, 0].set_yticks(range(len(order)), [f"{c}: {CANDIDATES[c][0]}" if len(several) == 1 else c for c in order]), axes[0, 0].set_ylim(len(order) - .5, -.5), axes[0, 0].set_xlim(min(.35, *(t["low"].min() for t in several.values())), 1.01)
+    axes[0, 0].set_yticks(range(len(order)), [f"{c}: {CANDIDATES[c][0]}" if len(several) == 1 and CANDIDATES[c][0] != f"the {c}" else c for c in order]), axes[0, 0].set_ylim(len(order) - .5, -.5), axes[0, 0].set_xlim(min(.35, *(t["low"].min() for t in several.values())), 1.01)
     return fig
 
-# %% ../nbs/03_exploration.ipynb #f5554df1
+# %% ../nbs/03_exploration.ipynb #b7177025
 _STYLE = """:root{color-scheme:light dark}body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;background:#fff;color:#1f2328}
 h1{font-size:1.6rem;margin-bottom:0}h2{font-size:1.15rem;margin:2.2rem 0 .5rem}p{margin:.3rem 0 .8rem;max-width:48rem}figure{margin:.6rem 0;overflow-x:auto}img{background:#fff;padding:.6rem;border-radius:6px;max-width:100%;height:auto;box-sizing:border-box}
 table{border-collapse:collapse;font-size:.85rem;font-variant-numeric:tabular-nums;display:block;overflow-x:auto}td,th{border-bottom:1px solid #d8dce1}.alarm{border-left:4px solid #d55e00;padding-left:.8rem}.quiet{color:#5b636d}
@@ -522,22 +524,22 @@ def _inline(figure, words: str) -> str:
 
 def _sections(frame: pd.DataFrame, glances: Glances | None, target, unknown: str, found: pd.DataFrame | None):
     "Title, one line, table or None, function that draws; in the order of the chapter."
-    sizes, nobody = frame["height"].notna().any() and frame["width"].notna().any(), frame["patient"].isna().all()
+    sizes, nobody = len(frame[["height", "width"]].dropna().drop_duplicates()) > 1, frame["patient"].isna().all()
     yield "Films", "By split and class.", counts(frame), lambda: plot_counts(frame)
     if not nobody: yield "Films of one patient", "A set is as large as its number of patients.", None, lambda: plot_patients(frame)
     rows = prevalence(frame, unknown)
-    yield "Prevalence", "With 95 % intervals" + (" by patient." if unknown == "raise" else "; where no patient is known, every film counts as one."), rows, lambda: plot_prevalence(rows)
+    yield "Prevalence", "With 95 % intervals" + (" by patient." if unknown == "raise" else "; where no patient is known, the study, or else the film, counts as one."), rows, lambda: plot_prevalence(rows)
     if findings(frame): yield "Findings that come together", "", cooccurrence(frame), lambda: plot_cooccurrence(frame)
     if glances is not None: yield "A look", "Chosen by lot.", None, lambda: show_classes(frame)
     if sizes: yield "Sizes", "The dashed line is the mean aspect ratio.", None, lambda: plot_sizes(frame)
     if glances is not None:
         yield "Greys", "All pixels, and the mean of each film.", None, lambda: plot_brightness(frame, glances)
-        yield "The average film", "A difference in a corner is never disease.", None, lambda: plot_average(frame, glances)
+        yield "The average film", "Disease is in the chest; a difference in a corner asks for another explanation.", None, lambda: plot_average(frame, glances)
     if any(c in frame and frame[c].nunique(dropna=False) > 1 for c in ("view", "source", "sex", "age", "width")):
         yield "Who they are", "The dashed line is the whole set.", None, lambda: plot_shares(frame, target=target, unknown=unknown)
     if found is not None: yield "Shortcuts", "How well each thing alone tells the classes apart, for patients never seen.", found.drop(columns="verdict"), lambda: plot_shortcuts(found)
 
-# %% ../nbs/03_exploration.ipynb #307f0e4e
+# %% ../nbs/03_exploration.ipynb #3f938098
 def overview(
     frame: pd.DataFrame, # a frame of films
     folder: str | Path, # to write; must not be there yet
@@ -556,7 +558,9 @@ def overview(
     except CourseError as e: found, why = None, str(e)
     parts = [f"<h1>{html.escape(title)}</h1><p class='quiet'>{len(frame):,} films; {frame['patient'].nunique():,} patients known, {frame['patient'].isna().sum():,} films without one.</p>"]
     if found is None: parts.append(f"<p class='quiet'>No search for shortcuts: {html.escape(why)}</p>")
-    else: parts += [f"<p class='{'alarm' if r.suspicious else 'quiet'}'>{html.escape(r.verdict)}</p>" for r in found.itertuples() if r.suspicious or not found["suspicious"].any()]
+    else:
+        parts += [f"<p class='{'alarm' if r.suspicious else 'quiet'}'>{html.escape(r.verdict)}</p>" for r in found.itertuples() if not r.verdict.startswith("Quiet")]
+        if not found["suspicious"].any(): parts.append("<p class='quiet'>No shortcut is suspicious; below, how far each of them gets.</p>")
     with atomic(folder, overwrite=False) as part:
         part.mkdir()
         for name, words, rows, draw in _sections(frame, g, target, unknown, found):

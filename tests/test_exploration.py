@@ -1,0 +1,198 @@
+"""What chapter 03 promises and does not show: odd frames, other formats, broken writes, real sets."""
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.figure import Figure
+from PIL import Image
+from scipy.stats import binomtest
+
+from cxr_course import exploration as ex
+from cxr_course.core import CourseError, frame, rng
+from cxr_course.data import load
+
+
+def people(n=120, seed=0, **columns):
+    "A frame without films: n patients, one to four films each; columns are functions of (generator, label of each film, patient of each film)."
+    g = rng("people", seed)
+    who = np.repeat(np.arange(n), g.integers(1, 5, n))
+    label = np.where(g.random(n) < .5, "ill", "healthy")[who]
+    return frame(pd.DataFrame(dict(path=[f"{i}.png" for i in range(len(who))], patient=[f"p{w}" for w in who], split="train", label=label, **{k: f(g, label, who) for k, f in columns.items()})), ["healthy", "ill"])
+
+
+@pytest.fixture
+def drawn(tmp_path):
+    "Eighty small noisy pictures; the ill ones have a white spot in the top left corner."
+    rows = []
+    for i in range(80):
+        x = rng("drawn", i).integers(60, 190, (40, 48)).astype(np.uint8)
+        if i % 2: x[1:6, 1:6] = 255
+        Image.fromarray(x).save(tmp_path / f"{i}.png")
+        rows.append(dict(path=str(tmp_path / f"{i}.png"), patient=f"p{i}", split=("train", "test")[i % 4 == 0], label=("ok", "ill")[i % 2], height=40, width=48))
+    return frame(rows, ["ok", "ill"])
+
+
+@pytest.mark.parametrize("k, n", [(0, 40), (1, 7), (20, 40), (40, 40), (3, 300)])
+def test_share_is_wilson_when_every_patient_has_one_film(k, n):
+    want = binomtest(k, n).proportion_ci(method="wilson")
+    got = ex.share([1] * k + [0] * (n - k), range(n))
+    assert got[0] == k / n and np.allclose(got[1:], (want.low, want.high), atol=.03 if n < 10 else .01)
+
+
+def test_a_film_copied_ten_times_teaches_nothing_new():
+    y = (np.arange(60) < 12).astype(int)
+    once, often = ex.share(y, range(60)), ex.share(np.repeat(y, 10), np.repeat(np.arange(60), 10))
+    assert np.allclose(once, often, atol=.005)
+    assert all(np.isnan(ex.share([], [])))
+
+
+def test_counts_with_unknown_labels_splits_and_patients():
+    f = people(10)
+    f.loc[0, ["label", "split", "patient"]] = None
+    n = ex.counts(f)
+    assert n.loc["no split", ["healthy", "ill", "films", "patients", "nobody"]].tolist() == [0, 0, 1, 0, 1]
+    assert n.loc["all", "films"] == len(f) and n.loc["all", ["healthy", "ill"]].sum() == len(f) - 1
+    assert ex.prevalence(f, unknown="picture")["films"].tolist() == [len(f) - 1] * 2
+
+
+def test_findings_keep_their_unknowns():
+    f = frame([dict(path=f"{i}.png", patient=str(i), A=a, B=b) for i, (a, b) in enumerate([(1, 1), (1, np.nan), (0, 1), (np.nan, 0), (0, 0)])])
+    assert ex.cooccurrence(f).to_numpy().tolist() == [[2, 1], [1, 2]]
+    assert ex.prevalence(f)[["films", "positive"]].to_numpy().tolist() == [[4, 2], [4, 2]]
+    assert ex._target(f, None)[0].tolist()[:3] == [1, 1, 1] and np.isnan(ex._target(f, None)[0][3]) and ex._target(f, None)[0][4] == 0
+    assert ex.shares(f.assign(view=["PA", "PA", "AP", "AP", None]), "view")["value"].tolist() == ["PA", "AP", "missing"]
+
+
+def test_unknown_words_are_refused():
+    with pytest.raises(CourseError, match="unknown class or finding 'TB'"): ex.shortcuts(people(20), target="TB")
+    with pytest.raises(CourseError, match="no column 'ward'"): ex.shares(people(20), "ward")
+    with pytest.raises(CourseError, match="nothing to try"): ex.shortcuts(people(40))
+    with pytest.raises(CourseError, match="no film of this frame has a size"): ex.plot_sizes(people(20))
+    with pytest.raises(CourseError, match="have no patient"): ex.shortcuts(people(40).assign(patient=None, age=3.))
+
+
+def test_finds_a_tied_source_and_a_tied_age_and_nothing_else():
+    f = people(150, source=lambda g, y, w: np.where((y == "ill") ^ (g.random(len(y)) < .1), "X", "Y"), age=lambda g, y, w: (g.uniform(2, 5, w.max() + 1)[w] + 3 * (y == "ill")).round(1),
+               view=lambda g, y, w: g.choice(["AP", "PA"], len(y)), height=lambda g, y, w: g.integers(200, 300, len(y)), width=lambda g, y, w: g.integers(200, 300, len(y)))
+    t = ex.shortcuts(f).set_index("shortcut")
+    assert t["suspicious"].to_dict() == {"age": True, "source": True, "view": False, "size": False, "aspect": False}
+    assert t.loc["source", "verdict"].startswith("Suspicious") and t.loc["view", "verdict"].startswith("Quiet")
+    assert .85 < t.loc["source", "auc"] < .95
+
+
+def test_rarely_cries_wolf():
+    noise = dict(age=lambda g, y, w: g.uniform(1, 6, w.max() + 1)[w], height=lambda g, y, w: g.integers(200, 300, w.max() + 1)[w], width=lambda g, y, w: g.integers(200, 300, w.max() + 1)[w], sex=lambda g, y, w: g.choice(["F", "M"], w.max() + 1)[w])
+    t = pd.concat([ex.shortcuts(people(80, seed=i, **noise)) for i in range(12)])
+    assert t["suspicious"].mean() <= .05 and ((t["low"] <= .5) & (t["high"] >= .5)).mean() > .85
+
+
+def test_unknown_age_is_a_witness_too():
+    f = people(100, age=lambda g, y, w: np.where(y == "ill", g.uniform(20, 60, len(y)), np.nan))
+    assert ex.shortcuts(f).set_index("shortcut").loc["age", "auc"] > .99
+
+
+def test_the_same_answer_twice_and_with_any_number_of_threads(drawn):
+    a, b = ex.glance(drawn, workers=1), ex.glance(drawn, workers=4)
+    assert all(np.array_equal(getattr(a, k), getattr(b, k)) for k in ("mean", "grain", "hist", "corners", "border", "small"))
+    pd.testing.assert_frame_equal(ex.shortcuts(drawn, a), ex.shortcuts(drawn, b))
+    assert ex.shortcuts(drawn, a).set_index("shortcut").loc["corners", "suspicious"]
+
+
+def test_glances_follow_the_frame(drawn):
+    g, some = ex.glance(drawn), drawn.sample(30, random_state=1)
+    assert list(g.of(some).path) == some["path"].tolist()
+    assert len(g.of(pd.concat([some, some]))) == 60
+    assert g.corners[1, 0].max() > g.corners[0, 0].max() == g.corners[0].max() or g.corners[1, 0].max() > 220
+
+
+@pytest.mark.parametrize("how", ["8 bit", "16 bit", "colour", "alpha", "palette", "one pixel", "dicom"])
+def test_reads_what_chapter_02_opens(tmp_path, how):
+    x = np.linspace(0, 255, 40 * 30).reshape(40, 30).astype(np.uint8)
+    im, path = Image.fromarray(x), tmp_path / "a.png"
+    if how == "dicom":
+        pydicom = pytest.importorskip("pydicom")
+        from cxr_course.phantom import world, write
+        path = sorted(write(world(2, films=(2, 2), pixels=64), tmp_path / "d", "dicom").rglob("*.dcm"))[1]
+        assert pydicom.dcmread(path).PhotometricInterpretation == "MONOCHROME1"
+        seen = ex.glance(pd.DataFrame({"path": [str(path)]}))
+        assert seen.small[0][24, 24] > seen.small[0][24, 12]                       # spine brighter than lung
+        return
+    {"16 bit": lambda: Image.fromarray(x.astype(np.uint16) * 257), "colour": lambda: im.convert("RGB"), "alpha": lambda: im.convert("RGBA"), "palette": lambda: im.convert("P"), "one pixel": lambda: im.resize((1, 1))}.get(how, lambda: im)().save(path)
+    assert ex.glance(pd.DataFrame({"path": [str(path)]})).mean[0] == pytest.approx(.5, abs=.02)
+
+
+def test_a_damaged_film_is_named_or_skipped(drawn, tmp_path):
+    Path(drawn["path"][3]).write_bytes(Path(drawn["path"][3]).read_bytes()[:60])
+    with pytest.raises(CourseError, match="3.png"): ex.glance(drawn)
+    g = ex.glance(drawn, skip_bad=True)
+    assert np.isnan(g.mean[3]) and ex.shortcuts(drawn, g)["films"].eq(79).all()
+    with pytest.raises(CourseError, match="3.png"): ex.overview(drawn, tmp_path / "page")
+    assert not [p for p in tmp_path.iterdir() if "page" in p.name]
+
+
+def test_every_plot_is_a_figure_and_none_is_left_open(drawn):
+    import matplotlib.pyplot as plt
+    g, before = ex.glance(drawn), len(plt.get_fignums())
+    both = frame(drawn.drop(columns="label").assign(Edema=(drawn["label"] == "ill").astype(float), Mass=0.))
+    found = ex.shortcuts(drawn, g)
+    figures = [ex.plot_counts(drawn), ex.plot_counts(both), ex.plot_patients(drawn), ex.plot_prevalence(ex.prevalence(both)), ex.plot_cooccurrence(both), ex.plot_sizes(drawn), ex.plot_sizes(both, by=["split"]),
+               ex.plot_brightness(both, g), ex.plot_shares(drawn.assign(view=["AP", "PA"] * 40)), ex.plot_shortcuts(found), ex.plot_shortcuts({"a": found, "b": found})]
+    assert all(isinstance(f, Figure) for f in figures) and len(plt.get_fignums()) == before
+    assert all(ax.get_xlabel() or ax.get_ylabel() or ax.get_title(loc="left") for f in figures for ax in f.axes)
+    assert ex.plot_average(drawn, g)._repr_jpeg_() and ex.show_classes(drawn, each=2)._repr_jpeg_()
+
+
+def test_the_page_needs_nothing_but_itself(drawn, tmp_path):
+    page = ex.overview(drawn.assign(view=["AP", "PA"] * 40), tmp_path / "page", title="Eighty <b> films")
+    text = page.read_text(encoding="utf-8")
+    assert re.findall(r"(?:src|href)='(?!data:)", text) == [] and "prefers-color-scheme:dark" in text and "Eighty &lt;b&gt; films" in text
+    assert "class='alarm'" in text and "corner patches" in text and text.count("<figure>") == text.count("<h2>") >= 8
+    assert pd.read_csv(page.parent / "shortcuts.csv").set_index("shortcut").loc["corners", "suspicious"]
+    with pytest.raises(CourseError, match="never overwritten"): ex.overview(drawn, tmp_path / "page")
+
+
+def test_the_page_says_when_nobody_is_known(drawn, tmp_path):
+    text = ex.overview(drawn.assign(patient=None), tmp_path / "page").read_text(encoding="utf-8")
+    assert "or else the film, counts as one" in text and "80 films without one" in text
+    few = ex.overview(drawn.head(6), tmp_path / "few").read_text(encoding="utf-8")
+    assert "No search for shortcuts: too few patients" in few
+
+
+def test_a_killed_page_leaves_nothing(drawn, tmp_path, monkeypatch):
+    monkeypatch.setattr(ex, "plot_average", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt): ex.overview(drawn, tmp_path / "page")
+    assert not [p for p in tmp_path.iterdir() if "page" in p.name]
+
+
+def test_importing_is_light():
+    done = subprocess.run([sys.executable, "-c", "import sys, cxr_course.exploration; print({m.split('.')[0] for m in sys.modules} & {'tensorflow', 'sklearn', 'matplotlib', 'joblib'})"], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
+
+
+def test_real_size_shortcut(real_data):
+    f = load(real_data / "kaggle_full_size" / "chest_xray")
+    t = ex.shortcuts(f, ex.glance(f), unknown="picture").set_index("shortcut")
+    assert t.loc["size", "suspicious"] and t.loc["size", "auc"] > .85 and abs((f["height"] / f["width"]).mean() - .72) < .02
+
+
+def test_real_children_among_adults(real_data):
+    root = real_data / "covid_qu_ex_layout"
+    adults = load(root, classes=2)
+    adults = adults.loc[adults["label"] == "Normal", "path"].tolist()
+    f = frame([dict(path=str(p), label="child") for p in sorted((root / "confound_paediatric_normals").glob("*.png"))] + [dict(path=p, label="other") for p in adults], ["other", "child"])
+    t = ex.shortcuts(f, ex.glance(f), unknown="picture").set_index("shortcut")
+    assert t.loc[["grain", "border", "corners"], "suspicious"].all() and t.loc["border", "auc"] > .95
+
+
+def test_the_whole_label_table_in_seconds(real_data):
+    f = load(real_data / "nih" / "labels" / "Data_Entry_2017_v2020.csv.gz")
+    start = time.perf_counter()
+    p, n = ex.prevalence(f).set_index("finding"), ex.cooccurrence(f)
+    assert time.perf_counter() - start < 10 and len(f) == 112120 and p.loc["Pneumonia", "positive"] == n.loc["Pneumonia", "Pneumonia"] == 1431
+    assert ex.shortcuts(f, target="Edema").set_index("shortcut").loc["view", "auc"] == pytest.approx(.744, abs=.02)
