@@ -83,15 +83,18 @@ def _load(name: str, classes: int | None = None):
         warnings.simplefilter("ignore")                                   # bad files are told by whoever asked for the frame
         return data.load(name, classes=classes)
 
-# %% ../nbs/24_cli.ipynb #6092d898
+# %% ../nbs/24_cli.ipynb #d6e96d99
 def _counts(frame):
-    "Films and patients by split: a table to read."
-    from cxr_course.core import classes, patients, table
-    frame = frame.assign(split=frame["split"].fillna("not split"), key=patients(frame, unknown="picture"))
-    truth = [(c, frame["label"] == c if "label" in frame else frame[c] == 1) for c in classes(frame)]
-    rows = [dict(split=s, pictures=len(f), patients=f["patient"].nunique(), without_patient=int(f["patient"].isna().sum()),
-                 **{c: int(y[f.index].sum()) for c, y in truth}) for s, f in frame.groupby("split", sort=False)]
-    return table(rows)
+    "Pictures and patients by split and class: a table to read."
+    import pandas as pd
+    from cxr_course.core import classes, table
+    truth = {c: frame["label"] == c if "label" in frame else frame[c] == 1 for c in classes(frame)}
+    split, rows = frame["split"].fillna("not split"), {}
+    for s in ("train", "val", "test", "not split"):
+        f = frame[split == s]
+        if len(f): rows[s] = dict(pictures=len(f), patients=f["patient"].nunique(), **{"without patient": int(f["patient"].isna().sum())}, **{c: int(y[f.index].sum()) for c, y in truth.items()})
+    counts = pd.DataFrame(rows).T.rename_axis(index="split")
+    return table(counts if len(truth) < 5 else counts.T.rename_axis(index=""))
 
 # %% ../nbs/24_cli.ipynb #446c1eb3
 @data_app.command("list")
