@@ -695,7 +695,7 @@ def _without_pixels(df: pd.DataFrame, against: str | None) -> list[dict]:
             if have != n: add(f"{s} {c}: {n:,} in the registry, {have:,} here", have)
     return rows
 
-# %% ../nbs/02_data.ipynb #2c6ca8e3
+# %% ../nbs/02_data.ipynb #5791313c
 def check(
     frame: pd.DataFrame, # a frame of films
     against: str | None = None, # a name of the registry: compare the counts with the facts
@@ -703,7 +703,7 @@ def check(
     near: bool = True, # look for near duplicates as well as equal files
     beside: pd.DataFrame | None = None, # another set: report films of it that are in this one too
     workers: int | None = None, # threads; default: one a core
-) -> Check: # a report
+): # a report
     "Everything that is wrong with a set of films, found in one go."
     if against and against not in REGISTRY: raise CourseError(f"unknown data set {against!r}", None, f"the known ones are {', '.join(REGISTRY)}")
     df, bad, pairs = frame.reset_index(drop=True), pd.DataFrame(columns=["path", "error"]), pd.DataFrame(columns=["a", "b", "alike", "equal"])

@@ -312,7 +312,7 @@ def fleiss_kappa(
     value = float(kappa(np.ones((len(counts), 1)))[0])
     return interval(value, kappa(counts)) if value == value else Estimate(value, note="all answers are one and the same")
 
-# %% ../nbs/08_decisions.ipynb #5a74441d
+# %% ../nbs/08_decisions.ipynb #171b3e43
 TRIPOD_AI = (                                                            # item, key, what it asks, in our words
     ("1", "title", "The title says that a prediction model is built or tested, for whom and for what"),
     ("2", "abstract", "A summary from which the whole study can be told"),
@@ -342,6 +342,8 @@ TRIPOD_AI = (                                                            # item,
     ("26", "limitations", "What weakens the result"),
     ("27", "usability", "What happens with poor films, what users must know, what has to come next"),
 )
+
+# %% ../nbs/08_decisions.ipynb #5ec99843
 CLAIM = (                                                                # the questions that imaging adds
     ("film", "acquisition", "Machines, views and settings the films were taken with"),
     ("film", "deidentified", "How names were removed from the films, burnt-in text too"),
