@@ -516,7 +516,7 @@ def ground_glass(s, severity: float, g) -> np.ndarray:
     fluid = sum(patch(s, p, (g.uniform(1.8, 3.6), g.uniform(2, 4), 4), (.10 + .26 * severity) * g.uniform(.7, 1.2), g, .5) for p in spots)
     return fluid * (1 + .18 * np.clip(grain(s.beam, g, .4), -1, 1))
 
-# %% ../nbs/01_phantom.ipynb #4a5c7e65
+# %% ../nbs/01_phantom.ipynb #3768bf5c
 def effusion(s, severity: float, g) -> np.ndarray:
     "Fluid at the bottom of one side, its surface climbing towards the chest wall."
     level = -11.2 + (.8 + 8.5 * severity) + 3.2 * np.exp(-np.maximum(s.wall, 0) / 2.2)
@@ -535,6 +535,7 @@ def fibrosis(s, severity: float, g) -> np.ndarray:
     net = np.exp(-(grain(s.beam, g, .22) / .35) ** 2) + .6 * np.exp(-(grain(s.beam, g, .45) / .3) ** 2)
     return (.05 + .16 * severity) * s.lung * net * (.25 + step(-s.y, -6, 7)) * (.3 + step(5 - s.wall, 0, 5))
 
+# %% ../nbs/01_phantom.ipynb #da2675b2
 def edema(s, severity: float, g) -> np.ndarray:
     "Wings of haze spreading from both hila, fine lines at the bases, wider vessels above."
     wings = sum(patch(s, (side * 5.0, g.uniform(-1.5, 1)), (4.6, 5.6, 5), .10 + .36 * severity, g, .25) for side in (-1, 1))
