@@ -1,6 +1,6 @@
 # Two commands: `make course` runs the course, `make test` proves it. Both do all set-up by themselves.
 .DEFAULT_GOAL := help
-.PHONY: help setup course test lab docs readme outputs clean
+.PHONY: help setup course test lab docs bench readme outputs clean
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
@@ -22,6 +22,7 @@ help:
 	@echo '  make test      prove it: sync, clean notebooks, every chapter, the package in a fresh environment'
 	@echo '  make lab       open JupyterLab at the first chapter'
 	@echo '  make docs      render the site in _site/ with Quarto'
+	@echo '  make bench     speed against the usual ways, as ratios measured in one run'
 	@echo '  make readme    write README.md from nbs/index.ipynb'
 	@echo '  make outputs   run the chapters and store their results in the notebooks'
 	@echo '  make clean     remove what these commands made, and keep the environment'
@@ -61,6 +62,9 @@ docs: $(STAMP)
 	@$(MAKE) --no-print-directory readme
 	@$(BIN)/nbdev_docs
 	@echo 'open _site/index.html'
+
+bench: $(STAMP)
+	@for f in tests/bench_*.py; do echo "$$f"; $(BIN)/python $$f || exit 1; done
 
 readme: $(STAMP)
 	@$(BIN)/python -c 'from cxr_course.build import write_readme; write_readme()'

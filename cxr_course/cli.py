@@ -17,8 +17,9 @@ import typer
 from typer.core import TyperGroup
 
 # %% auto #0
-__all__ = ['app', 'data_app', 'NAME', 'CLASSES', 'RUN', 'data_list', 'data_show', 'data_check', 'Layout', 'data_phantom',
-           'arrange', 'Unknown', 'train', 'evaluate', 'predict']
+__all__ = ['app', 'data_app', 'NAME', 'CLASSES', 'RUN', 'data_list', 'data_show', 'data_check', 'data_explore', 'data_augment',
+           'Layout', 'data_phantom', 'arrange', 'Unknown', 'Recipe', 'train', 'evaluate', 'predict', 'experiments',
+           'record']
 
 # %% ../nbs/24_cli.ipynb #31c563f9
 _AS_TYPED = {"skip_bad=True": "--skip-bad", "resume=True": "--resume", "unknown='picture'": "--unknown picture", "`check(frame)`": "'cxr-course data check'",
@@ -164,6 +165,49 @@ def data_check(
     for row in report.bad.to_dict("records"): typer.echo(f"{row['path']}: {row['error']}")
     if len(report.table): raise typer.Exit(1)
 
+# %% ../nbs/24_cli.ipynb #f5190159
+@data_app.command("explore")
+def data_explore(
+    name: Annotated[str, NAME],
+    out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the page goes; a folder that is not there yet.")],
+    classes: Annotated[int | None, CLASSES] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Only what names, tables and headers tell; no picture is decoded.")] = False,
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Go on without files that cannot be read.")] = False,
+) -> None:
+    """Write a page about a data set: counts, sizes, grey values, and what gives the class away without looking at the lungs.
+
+    \b
+    Example
+      cxr-course data explore path/to/chest_xray --out about_chest_xray
+    """
+    if out.exists(): _refuse_existing(out)
+    from cxr_course import exploration
+    typer.echo(f"The page to read is {exploration.overview(_load(name, classes), out, pixels=not quick, skip_bad=skip_bad)}")
+
+# %% ../nbs/24_cli.ipynb #ddaee3dc
+@data_app.command("augment")
+def data_augment(
+    name: Annotated[str, NAME],
+    out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the copies go; a folder that is not there yet.")],
+    copies: Annotated[int, typer.Option(min=1, help="Changed copies of each training film.")] = 1,
+    classes: Annotated[int | None, CLASSES] = None,
+    seed: Annotated[int, typer.Option(help="Same seed, same copies.")] = 0,
+) -> None:
+    """Write changed copies of the training films, and a table of all films to train on. Validation and test films are never copied.
+
+    \b
+    Example
+      cxr-course data augment path/to/chest_xray --out copies
+      cxr-course train --data copies/films.csv
+    """
+    if out.exists(): _refuse_existing(out)
+    _start_tensorflow()
+    from cxr_course import augmentation, core
+    frame, _ = arrange(_load(name, classes), seed, "picture")
+    all_ = augmentation.write_copies(frame, out, copies=copies, seed=seed)
+    with core.atomic(out / "films.csv") as part: all_.assign(path=[str(Path(p).resolve()) for p in all_["path"]]).to_csv(part, index=False)
+    typer.echo(f"{int(all_['meta_copy_of'].notna().sum())} copies of {int((frame['split'] == 'train').sum())} training films are in {out}\nnext: cxr-course train --data {out / 'films.csv'}")
+
 # %% ../nbs/24_cli.ipynb #f50e9d8a
 class Layout(str, Enum):
     "How files are named and sorted into folders."
@@ -286,13 +330,51 @@ def _start_tensorflow() -> None:
             os.dup2(kept, 2)
             os.close(kept)
 
-# %% ../nbs/24_cli.ipynb #656ffff8
+# %% ../nbs/24_cli.ipynb #f678dec2
 class Unknown(str, Enum):
     "What a film without patient is taken for."
     picture, refuse = "picture", "refuse"
 
+class Recipe(str, Enum):
+    "How to train."
+    plain, strong = "plain", "strong"
+
 RUN = typer.Argument(metavar="RUN", help="A folder that 'cxr-course train' made.")
 
+def _films(data: str, classes: int | None, seed: int, unknown: str, resplit: bool, skip_bad: bool, shape: tuple[int, int]):
+    "The films to train, validate and test with; refuses what cannot go well, and says what it decided."
+    frame, said = arrange(_load(data, classes), seed, unknown, resplit)
+    _refuse_bad(frame, skip_bad)
+    _refuse_small_disk(len(frame), shape)
+    frame = _without_twins(frame, said)
+    typer.echo("\n".join([f"{data}: {len(frame):,} pictures", *(f"  {s}" for s in said), repr(_counts(frame)), ""]))
+    return frame
+
+def _recipe(recipe: Recipe, lr: float | None, patience: int, seed: int) -> dict:
+    "The options of `training.fit` that a recipe stands for."
+    from cxr_course import augmentation, training
+    chosen = training.RECIPE | dict(augment=augmentation.Augment(seed=seed)) if recipe == Recipe.strong else dict(lr=1e-3, patience=patience)
+    return chosen | ({} if lr is None else dict(lr=lr))
+
+def _fit(frame, shape: tuple[int, int], out: Path, model: str, skip_bad: bool, options: dict):
+    "Decode, train, and finish the run folder as a bundle."
+    from cxr_course import cnn, core, pipelines, prediction, training
+    names = core.classes(frame)
+    network = cnn.build(model, (*shape, 1), 1 if len(names) == 2 and "label" in frame else len(names), options["seed"])
+    store = pipelines.build(frame, shape, skip_bad=skip_bad)
+    for line in store.skipped.get("error", ()): typer.echo(f"skipped: {line}")
+    training.fit(network, store, run=out, **options)
+    prediction.finish(out, store)
+    _remember(store, out)
+    return training.load_run(out)                                           # with the card as it is now
+
+def _done(run, out: Path) -> None:
+    "The report on the test films; exit code 130 if the training was cut short."
+    _tell(run, run.predictions[run.predictions["split"] == "test"], out / "report")
+    typer.echo(f"\nEverything is in {out}; the page to read is {out / 'report' / 'report.html'}\nnext: cxr-course predict {out} FILE")
+    if run.card["interrupted"]: raise typer.Exit(130)
+
+# %% ../nbs/24_cli.ipynb #d35823a7
 @app.command(short_help="Train a network on a data set, and report.")
 def train(
     data: Annotated[str, typer.Option(metavar="NAME|FOLDER", help="'sample' (simulated films), 'sample-nih', 'sample-covid', or a folder, .csv or .npz of your own.")] = "sample",
@@ -302,7 +384,8 @@ def train(
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the training films, at most.")] = 20,
     patience: Annotated[int, typer.Option(min=1, help="Stop after so many epochs without progress on validation.")] = 5,
     batch: Annotated[int, typer.Option(min=1, help="Films a step.")] = 32,
-    lr: Annotated[float, typer.Option(min=1e-7, max=10., help="Size of the first steps.")] = 1e-3,
+    lr: Annotated[float | None, typer.Option(min=1e-7, max=10., help="Size of the first steps.", show_default="the recipe's")] = None,
+    recipe: Annotated[Recipe, typer.Option(help="plain: films as they are. strong: augmented films, AdamW, cosine steps, soft labels (chapters 12 and 13).")] = Recipe.plain,
     seed: Annotated[int, typer.Option(help="Same seed, same run.")] = 0,
     classes: Annotated[int | None, CLASSES] = None,
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Go on without files that cannot be read; they are listed.")] = False,
@@ -317,34 +400,19 @@ def train(
     \b
     Examples
       cxr-course train                                    simulated films, a few minutes
-      cxr-course train --size 64 --epochs 3 --out runs/quick
       cxr-course train --data path/to/chest_xray --out runs/kaggle
+      cxr-course train --data path/to/chest_xray --model separable --recipe strong
       cxr-course train --data path/to/chest_xray --classes 3 --model a5 --size 129x180
     """
     out = out or Path("runs", f"{Path(data).stem or 'data'}-{model}")
     if out.exists(): _refuse_existing(out)
     shape, strict = _shape(size), "raise" if unknown == Unknown.refuse else "picture"
-    frame, said = arrange(_load(data, classes), seed, strict, resplit)
-    _refuse_bad(frame, skip_bad)
-    _refuse_small_disk(len(frame), shape)
-    frame = _without_twins(frame, said)
-    typer.echo("\n".join([f"{data}: {len(frame):,} pictures", *(f"  {s}" for s in said), repr(_counts(frame)), ""]))
+    frame = _films(data, classes, seed, strict, resplit, skip_bad, shape)
     _start_tensorflow()
-    from cxr_course import cnn, core, pipelines, prediction, training
-    names = core.classes(frame)
-    outputs = 1 if len(names) == 2 and "label" in frame else len(names)
-    network = cnn.build(model, (*shape, 1), outputs, seed)
-    store = pipelines.build(frame, shape, skip_bad=skip_bad)
-    for line in store.skipped.get("error", ()): typer.echo(f"skipped: {line}")
-    run = training.fit(network, store, run=out, epochs=epochs, patience=patience, batch=batch, lr=lr, seed=seed, unknown=strict, resume=resume, name=model)
-    prediction.finish(out, store)
-    _remember(store, out)
-    run = training.load_run(out)                                            # with the card as it is now
-    _tell(run, run.predictions[run.predictions["split"] == "test"], out / "report")
-    typer.echo(f"\nEverything is in {out}; the page to read is {out / 'report' / 'report.html'}\nnext: cxr-course predict {out} FILE")
-    if run.card["interrupted"]: raise typer.Exit(130)
+    run = _fit(frame, shape, out, model, skip_bad, dict(epochs=epochs, batch=batch, seed=seed, unknown=strict, resume=resume, name=model) | _recipe(recipe, lr, patience, seed))
+    _done(run, out)
 
-# %% ../nbs/24_cli.ipynb #ba815a00
+# %% ../nbs/24_cli.ipynb #25503a27
 def _fingerprints(store):
     "The films of a store with the SHA-256 of each file."
     import pandas as pd
@@ -355,16 +423,25 @@ def _remember(store, run: Path) -> None:
     from cxr_course import core
     with core.atomic(run / "films.csv") as part: _fingerprints(store)[["path", "patient", "split", "sha256"]].to_csv(part, index=False)
 
+def _facts(run) -> dict[str, str]:
+    "What the card of a run answers on the reporting check-list."
+    c, t = run.card, run.card["training"]
+    parts = "; ".join(f"{s}: " + ", ".join(f"{v:,} {k}" for k, v in n.items() if isinstance(v, int)) for s, n in c["data"]["splits"].items())
+    return dict(partition="by patient; films without one by examination or picture" if c["data"]["unknown_patients"] == "picture" else "by patient", data=parts,
+                architecture=f"{c['model']['name']}, {c['model']['parameters']:,} parameters, films of {c['preprocessing']['shape'][0]} x {c['preprocessing']['shape'][1]}", preprocessing=f"{c['preprocessing']['fit']}; values {c['preprocessing']['values']}",
+                training=f"{t['optimizer']}, step {t['lr']:g} ({t['schedule']}), batches of {t['batch']}, {t['epochs_run']} epochs, {'augmented' if t['augment'] else 'not augmented'}, seed {t['seed']}",
+                selection=f"lowest loss on validation (epoch {t['best_epoch']})", output=f"a probability; threshold by {c['threshold_rule']}", initialisation="random", specification="the whole model lies beside this report as model.keras and card.json")
+
 def _tell(run, predictions, folder: Path) -> None:
     "Print the report, and save it as a page."
-    from cxr_course import evaluation, prediction, training
+    from cxr_course import decisions, evaluation, prediction, training
     from cxr_course.core import table
     t = run.card["training"]
     cut = {c: t for c, t in run.threshold.items() if t is not None} if isinstance(run.threshold, dict) else run.threshold
     report = evaluation.report(predictions, cut, run.card["data"]["unknown_patients"], title=f"How well does {run.folder.name} read?",
                                model=f"{run.card['model']['name']} (best of {t['epochs_run']} epochs: {t['best_epoch']})")
     report.sections += [("How it was trained", evaluation.embed(training.plot_history(run), "training curves")), ("Model card", prediction.card(prediction.Bundle(run.folder, None, run.card), "html"))]
-    report.save(folder)
+    decisions.complete(report, _facts(run)).save(folder)
     typer.echo(f"\n{report!r}")
     if report.confusion is not None: typer.echo("\n" + repr(table(report.confusion.reset_index().rename(columns={"truth": "truth, then called:"}))))
 
@@ -447,6 +524,64 @@ def predict(
         with core.atomic(csv) as part: scored.dropna(axis=1, how="all").to_csv(part, index=False)
     for path, why in scored.attrs["bad"]: typer.echo(f"not read: {path}: {why}", err=True)
     if scored.attrs["bad"] and not skip_bad: raise typer.Exit(2)
+
+# %% ../nbs/24_cli.ipynb #d6f5ee78
+@app.command(short_help="Run system A's eight models, one change each.")
+def experiments(
+    data: Annotated[str, typer.Option(metavar="NAME|FOLDER", help="A data set with healthy, bacterial and viral films.")] = "sample",
+    out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the runs go; what is finished there is kept.")] = Path("runs/experiments"),
+    seeds: Annotated[int, typer.Option(min=1, help="Each model so many times.")] = 3,
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the training films, at most. System A: 80.")] = 15,
+    scale: Annotated[float, typer.Option(min=.2, max=2., help="Of the films; 1 is system A's 129 x 180.")] = .5,
+    films: Annotated[int | None, typer.Option(min=1, help="Training films of each class; model A7 takes twice as many.", show_default="half of what there is")] = None,
+    only: Annotated[list[str] | None, typer.Option(metavar="NAME", help="Only this model; may be repeated.", show_default="all eight")] = None,
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Go on without files that cannot be read.")] = False,
+) -> None:
+    """Repeat system A's eight experiments and say which changes made a difference.
+
+    \b
+    Example
+      cxr-course experiments --data sample
+    """
+    frame, said = arrange(_load(data, 3), 0, "picture")
+    _refuse_bad(frame, skip_bad)
+    most = int(frame.loc[frame["split"] == "train", "label"].value_counts().min())
+    typer.echo("\n".join([f"{data}: {len(frame):,} pictures", *(f"  {s}" for s in said)]))
+    _start_tensorflow()
+    from cxr_course import experiments as lab
+    chain = lab.system_a(films or most // 2, min(2 * (films or most // 2), most), scale, epochs)
+    _compare(lab, lab.run([e for e in chain if not only or e.name in only], frame, out, range(seeds), unknown="picture", skip_bad=skip_bad), out)
+
+# %% ../nbs/24_cli.ipynb #17d4b862
+def _compare(lab, folder: Path, out: Path) -> None:
+    "Print and save the tables of a list of experiments."
+    from cxr_course import core
+    runs, gains = lab.collect(folder), lab.differences(folder)
+    typer.echo(repr(core.table(lab.summary(runs))))
+    with core.atomic(out / "runs.csv") as part: runs.to_csv(part, index=False)
+    if len(gains):
+        typer.echo("\n" + repr(core.table(gains, "gain in AUC over the model it changes, 95 % interval over patients and seeds")))
+        with core.atomic(out / "differences.csv") as part: gains.to_csv(part, index=False)
+        with core.atomic(out / "differences.png") as part: lab.plot_differences(gains).savefig(part, dpi=120, format="png")
+
+@app.command(short_help="Write down what several runs reached.")
+def record(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Finished runs that differ in the seed only.")],
+    data: Annotated[str, typer.Option(metavar="WORDS", help="Which films, in words.")],
+    command: Annotated[str, typer.Option(metavar="WORDS", help="What made the runs.")],
+    out: Annotated[Path, typer.Option(metavar="FILE.json", help="Where to.")],
+) -> None:
+    """Collect what runs of several seeds reached into one small file, for a page to read.
+
+    \b
+    Example
+      cxr-course record runs/k0 runs/k1 runs/k2 --data "my films" --command "cxr-course train ..." --out results/mine.json
+    """
+    _start_tensorflow()
+    from cxr_course import core
+    from cxr_course import experiments as lab
+    lab.record(runs, out, data, command)
+    typer.echo(repr(core.table(lab.recorded(out.parent))))
 
 # %% ../nbs/24_cli.ipynb #fa31fa39
 if __name__ == "__main__" and "__file__" in globals(): app(prog_name="cxr-course")

@@ -126,7 +126,7 @@ def pools(
     "Whether pooling follows the `i`-th convolution."
     return i % spec.pool_every == 0 and (i < len(spec.conv) or spec.last_pool)
 
-# %% ../nbs/11_cnn.ipynb #67591da3
+# %% ../nbs/11_cnn.ipynb #212aad44
 def arithmetic(
     spec: str | Spec, # a name in `SPECS`, or a description
     shape: tuple[int, int, int], # (h, w, c) of the film
@@ -140,12 +140,12 @@ def arithmetic(
         count = separable_params if s.separable and i > 1 else conv_params
         (h, w), n = (conv_size(d, s.kernel, pad, s.stride if i == 1 else 1) for d in (h, w)), count(f, s.kernel, c, bias=not s.norm)
         c = f
-        if min(h, w) < 1: raise CourseError(f"films of {shape[0]} x {shape[1]} are too small for the model {name!r}", f"convolution {i}", "use larger films, fewer convolutions or padding='same'")
         row(f"conv{i}", n)
         if s.norm: row(f"norm{i}", 4 * f)
         if pools(s, i):
             h, w = h // 2, w // 2
             row(f"pool{i}", 0)
+        if min(h, w) < 1: raise CourseError(f"films of {shape[0]} x {shape[1]} are too small for the model {name!r}", f"convolution {i}", "use larger films, fewer convolutions or padding='same'")
     n = c if s.head == "gap" else h * w * c
     for i, units in enumerate((*s.dense, outputs), 1):
         rows.append(dict(layer=f"dense{i}" if i <= len(s.dense) else "logits", size=str(units), parameters=dense_params(units, n)))
@@ -259,7 +259,7 @@ def activations(
     maps = inner(np.asarray(x, dtype="float32").reshape(1, *part.input_shape[1:]))
     return {layer.name: keras.ops.convert_to_numpy(m)[0] for layer, m in zip(part.layers, maps)}
 
-# %% ../nbs/11_cnn.ipynb #80214206
+# %% ../nbs/11_cnn.ipynb #64806554
 def _mosaic(grey: np.ndarray, title: str, cols: int) -> Sheet:
     "Pictures (h, w, f) with values in [0, 1] side by side."
     import matplotlib.pyplot as plt
@@ -268,7 +268,7 @@ def _mosaic(grey: np.ndarray, title: str, cols: int) -> Sheet:
     for i in range(f):
         top, left = i // cols * (h + gap), i % cols * (w + gap)
         sheet[top:top + h, left:left + w] = grey[..., i]
-    fig, ax = plt.subplots(figsize=(8.5, 8.5 * sheet.shape[0] / sheet.shape[1] + .3), layout="constrained")
+    fig, ax = plt.subplots(figsize=(6.5, 6.5 * sheet.shape[0] / sheet.shape[1] + .3), layout="constrained")
     ax.imshow(sheet, cmap=plt.get_cmap("gray").with_extremes(bad="#9fc5e0"), vmin=0, vmax=1, interpolation="nearest")
     ax.set_title(title, fontsize=9, loc="left")
     ax.axis("off")

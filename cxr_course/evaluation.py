@@ -880,7 +880,7 @@ table{border-collapse:collapse;font:14px/1.4 system-ui,sans-serif;margin:.6rem 0
 th{border-bottom:2px solid #999;vertical-align:bottom}td{border-bottom:1px solid #eee;vertical-align:top;white-space:nowrap}td.free{white-space:normal}li{margin:.25rem 0}
 .small{font-size:.88rem;color:#555}.open{color:#a33d00;font-weight:600}@media print{body{margin:0;max-width:none}.limits{border:1px solid #e69f00}}"""
 
-# %% ../nbs/07_evaluation.ipynb #15b1461e
+# %% ../nbs/07_evaluation.ipynb #c77627fd
 def _caption(r):
     "What the panels show."
     if r.confusion is None: return "Each point is one finding, the line its 95 % interval; words stand where a figure cannot be had. An AUC of 0.5 (vertical line) is guessing; average precision is to be compared with how common the finding is."

@@ -18,8 +18,8 @@ from . import cnn, evaluation, pipelines, splits, training
 from .core import PALETTE, CourseError, atomic, classes, patients, rng
 
 # %% auto #0
-__all__ = ['Experiment', 'after', 'system_a', 'prepare', 'run', 'figures', 'macro', 'collect', 'summary', 'differences',
-           'plot_differences']
+__all__ = ['Experiment', 'after', 'system_a', 'prepare', 'run', 'macro', 'figures', 'collect', 'summary', 'differences',
+           'plot_differences', 'record', 'recorded']
 
 # %% ../nbs/17_experiments.ipynb #61ec92be
 @dataclass(frozen=True)
@@ -120,6 +120,13 @@ def _remember(experiments: list[Experiment], frame: pd.DataFrame, folder: Path) 
         now["experiments"] = then["experiments"] | now["experiments"]
     with atomic(file) as part: part.write_text(json.dumps(now, indent=1), encoding="utf-8")
 
+# %% ../nbs/17_experiments.ipynb #6c7ace56
+def macro(
+    predictions: pd.DataFrame, # of one split
+) -> float: # between 0 and 1
+    "AUC, averaged over the questions that have an answer."
+    return float(np.nanmean([evaluation.auc(y, s) for y, s in evaluation.questions(predictions).values()]))
+
 # %% ../nbs/17_experiments.ipynb #e8d38660
 def figures(
     predictions: pd.DataFrame, # of one split
@@ -130,13 +137,6 @@ def figures(
     right = kinds.get("right class", kinds["right, sick or healthy"])
     recall = {f"recall {c}": float((said[predictions["label"] == c] == c).mean()) for c in classes(predictions)}
     return dict(auc=macro(predictions), accuracy=right, binary=kinds["right, sick or healthy"], **recall)
-
-# %% ../nbs/17_experiments.ipynb #6c7ace56
-def macro(
-    predictions: pd.DataFrame, # of one split
-) -> float: # between 0 and 1
-    "AUC, averaged over the questions that have an answer."
-    return float(np.nanmean([evaluation.auc(y, s) for y, s in evaluation.questions(predictions).values()]))
 
 # %% ../nbs/17_experiments.ipynb #e3d84340
 def collect(
@@ -216,3 +216,42 @@ def plot_differences(
     ax.spines[["top", "right"]].set_visible(False)
     plt.close(fig)
     return fig
+
+# %% ../nbs/17_experiments.ipynb #bc42a66a
+def record(
+    runs: Iterable[str | Path], # finished run folders, one a seed; one label a film
+    out: str | Path, # the .json file
+    data: str, # which films, in words
+    command: str, # what made the runs
+) -> dict: # what was written
+    "Write down what runs reached, so that a page can read it."
+    from cxr_course import decisions
+    rows = []
+    for r in map(training.load_run, runs):
+        p, unknown = r.predictions[r.predictions["split"] == "test"].reset_index(drop=True), r.card["data"]["unknown_patients"]
+        threshold, t = r.card["threshold"] if len(classes(p)) == 2 else None, r.card["training"]
+        said, last = evaluation.decide(p, threshold), classes(p)[-1]
+        recall = [float((said[p["label"] == c] == c).mean()) for c in classes(p)]
+        calibration = decisions.ece(p["label"] == last, p[f"p_{last}"], patients(p, unknown)) if len(recall) == 2 else [None] * 3
+        rows.append(dict(seed=t["seed"], date=r.card["date"][:10], auc=list(r.metric("AUC", "test"))[:3], recall=dict(zip(classes(p), recall)), balanced_accuracy=float(np.mean(recall)),
+                         calibration_error=list(calibration)[:3], epochs=t["epochs_run"], seconds=t["seconds"], peak_mb=t.get("peak_mb")))
+    found = dict(data=data, command=command, model=r.card["model"]["name"], parameters=r.card["model"]["parameters"], shape=r.card["preprocessing"]["shape"],
+                 films={s: c for s, c in r.card["data"]["splits"].items()}, patients="known" if unknown == "raise" else "not all known: grouped by examination or picture where missing", runs=rows)
+    with atomic(out) as part: part.write_text(json.dumps(found, indent=1), encoding="utf-8")
+    return found
+
+# %% ../nbs/17_experiments.ipynb #58c88b1f
+def recorded(
+    folder: str | Path = "results", # where the .json files lie
+) -> pd.DataFrame: # one row a file: mean over seeds, with the range
+    "The table of what was recorded."
+    rows = []
+    for file in sorted(Path(folder).glob("*.json")):
+        found = json.loads(file.read_text(encoding="utf-8"))
+        if "runs" not in found: continue
+        runs = pd.DataFrame(found["runs"])
+        show = lambda v: f"{v.mean():.3f} ({v.min():.3f} to {v.max():.3f})"
+        first = lambda column: runs[column].map(lambda v: v[0]).astype(float)
+        rows.append(dict(films=found["data"], model=found["model"], parameters=f"{found['parameters']:,}", seeds=len(runs), auc=show(first("auc")), by_chance="{:.3f} to {:.3f}".format(*runs["auc"][0][1:]),
+                         balanced_accuracy=show(runs["balanced_accuracy"]), calibration_error=show(first("calibration_error")), seconds=f"{runs['seconds'].mean():.0f}", date=runs["date"].max()))
+    return pd.DataFrame(rows)

@@ -150,7 +150,7 @@ def _make(folder: Path, files: pd.DataFrame, shape: tuple[int, int], key: str, s
         raise CourseError(f"the store could not be written ({e.strerror or e})", folder,
                           f"free some space and run it again: what is done waits beside it in {part.name} and is not decoded twice; remove that folder to give up") from e
 
-# %% ../nbs/06_pipelines.ipynb #122226d1
+# %% ../nbs/06_pipelines.ipynb #e517ba20
 class Store:
     "Decoded films in one memory-mapped file, seen through a frame; pixels stay on disk until they are asked for."
     def __init__(self,
@@ -171,19 +171,15 @@ class Store:
     images = property(lambda self: self.take(), doc="all pictures of the frame, (n, h, w) uint8, in memory")
     def __len__(self): return len(self.frame)
     def __repr__(self): return f"Store of {len(self)} films at {self.shape[0]} x {self.shape[1]}" + (f", {len(self.skipped)} skipped" if len(self.skipped) else "")
-
     def using(self, frame: pd.DataFrame) -> Store:
         "The same pixels under another frame: other splits, other labels, fewer films."
         return Store(self.folder, frame)
-
     def rows(self, split: str | None = None) -> np.ndarray:
         "Row numbers of a split's films; None: of all."
         return np.arange(len(self)) if split is None else np.flatnonzero(self.frame["split"] == split)
-
     def take(self, rows: np.ndarray | slice = slice(None)) -> np.ndarray:
         "Pictures of these rows, (n, h, w) uint8."
         return self.pixels[self.at[rows]]
-
     def array(self, split: str | None = None) -> np.ndarray:
         "A split's pictures as the image contract wants them, (n, h, w, 1) float32 in [0, 1]; all in memory at once."
         return _unit(self.take(self.rows(split)))

@@ -228,7 +228,7 @@ def _check(model, train, val, unknown: str) -> None:
         if "label" in f and name != "test" and f["label"].nunique() < min(len(names), 2 if name == "val" else 99):
             raise CourseError(f"the films of split {name!r} do not show every class", ", ".join(f"{k} {v}" for k, v in f["label"].value_counts().items()), "split again with a larger share, or bring more patients")
 
-# %% ../nbs/12_training.ipynb #3aa8371b
+# %% ../nbs/12_training.ipynb #d6b15fb9
 def fit(
     model, # a model that gives logits, from `cnn.build` or loaded
     train, # a Store; its rows with split 'train' teach
@@ -249,7 +249,7 @@ def fit(
     resume: bool = False, # continue a run that was killed
     deterministic: bool = False, # ask TensorFlow for operations that never vary; somewhat slower
     name: str | None = None, # what to call the model on the card; default: its own name
-) -> Run: # the finished run; `model` itself is left with the best weights
+): # the finished `Run`; `model` itself is left with the best weights
     "Train a network and leave a run folder."
     run, val = Path(run), val if val is not None else train
     if schedule not in ("plateau", "cosine"): raise CourseError(f"schedule={schedule!r} is not a choice", None, "use 'plateau' or 'cosine'")
@@ -326,7 +326,13 @@ def _record(model, part: Path, logs, history: list[dict], variables: list, plan:
     if not os.environ.get("CXR_COURSE_QUIET"):
         print(f"epoch {row['epoch']:>3}/{plan['epochs']}  loss {row['loss']:.3f}  val loss {row['val_loss']:.3f}  val AUC {row['val_auc']:.3f}  step {row['lr']:.0e}  {row['seconds']:.0f} s{'  best so far' if best else ''}", flush=True)
 
-# %% ../nbs/12_training.ipynb #028fb67a
+# %% ../nbs/12_training.ipynb #d2543414
+def _peak_mb() -> int | None:
+    "The most memory this process ever held; None where the system does not say (Windows)."
+    try: import resource
+    except ImportError: return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // (1024 ** 2 if sys.platform == "darwin" else 1024)
+
 def _finish(model, train, val, part: Path, run: Path, plan: dict, unknown: str, interrupted: bool) -> Run:
     "Make a whole run of a partial folder."
     if not (part / "model.keras").exists():
@@ -342,7 +348,7 @@ def _finish(model, train, val, part: Path, run: Path, plan: dict, unknown: str, 
                 preprocessing=dict(shape=list(val.shape), fit="crop to aspect, then resize", values="0 to 1, bones white"),
                 data=dict(hash=plan["data"], unknown_patients=unknown, splits={s: _counts(f, unknown) for s, f in frames.items()}),
                 training={k: plan[k] for k in ("epochs", "batch", "lr", "seed", "patience", "schedule", "optimizer", "smoothing", "augment", "loss", "deterministic")}
-                | dict(epochs_run=len(history), best_epoch=best_epoch(history["val_loss"]) + 1, seconds=round(float(history["seconds"].sum()), 1)),
+                | dict(epochs_run=len(history), best_epoch=best_epoch(history["val_loss"]) + 1, seconds=round(float(history["seconds"].sum()), 1), peak_mb=_peak_mb()),
                 metrics={s: _metrics(f, threshold, unknown) for s, f in frames.items() if s != "train"}, versions=_versions())
     with atomic(part / "predictions.csv") as file: predictions.to_csv(file, index=False)
     with atomic(part / "card.json") as file: file.write_text(json.dumps(card, indent=1))
