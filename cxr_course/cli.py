@@ -330,7 +330,7 @@ def _start_tensorflow() -> None:
             os.dup2(kept, 2)
             os.close(kept)
 
-# %% ../nbs/24_cli.ipynb #f678dec2
+# %% ../nbs/24_cli.ipynb #aa485a9c
 class Unknown(str, Enum):
     "What a film without patient is taken for."
     picture, refuse = "picture", "refuse"
@@ -350,6 +350,7 @@ def _films(data: str, classes: int | None, seed: int, unknown: str, resplit: boo
     typer.echo("\n".join([f"{data}: {len(frame):,} pictures", *(f"  {s}" for s in said), repr(_counts(frame)), ""]))
     return frame
 
+# %% ../nbs/24_cli.ipynb #28c66792
 def _recipe(recipe: Recipe, lr: float | None, patience: int, seed: int) -> dict:
     "The options of `training.fit` that a recipe stands for."
     from cxr_course import augmentation, training
