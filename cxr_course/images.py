@@ -120,26 +120,7 @@ def _upright(im) -> np.ndarray:
         if codes[1] == "S": x = x[:, ::-1]                               # the head is on top
     return x.T
 
-# %% ../nbs/04_images.ipynb #338e8516
-def _film(it, path, window) -> np.ndarray:
-    "From what `decode` gives to a film: values, the rule that shows them, and the polarity."
-    dark = False
-    if hasattr(it, "PhotometricInterpretation"): x, dark, shown = dicom_values(it, path), bones_dark(it), lambda x: dicom_display(x, it)
-    elif hasattr(it, "affine"):
-        low, high = float(it.header["cal_min"]), float(it.header["cal_max"])
-        x, shown = _upright(it), lambda x: _span(x, low, high) if high > low else _range(x)
-    else:
-        x, white = grey(it, path) if hasattr(it, "mode") else (_one_channel(it, path) if it.ndim == 3 else it, {"uint8": 255, "uint16": 65535}.get(str(it.dtype), 0))
-        if white and window is None: return np.divide(x, np.float32(white), dtype=np.float32)
-        shown = lambda x: x if 0 <= x.min() and x.max() <= 1 else _range(x)
-    if window is None: x = shown(x)
-    elif window == "sd":
-        mean, sd = np.nanmean(x, dtype=float), np.nanstd(x, dtype=float)
-        x = _span(x, mean - 2.5 * sd, mean + 2.5 * sd)
-    else: x = _span(x, *map(float, window))
-    return np.ascontiguousarray(np.clip(np.nan_to_num(1 - x if dark else x), 0, 1), dtype=np.float32)
-
-# %% ../nbs/04_images.ipynb #338e8516
+# %% ../nbs/04_images.ipynb #ca107b9a
 def _film(it, path, window) -> np.ndarray:
     "From what `decode` gives to a film: values, the rule that shows them, and the polarity."
     dark = False
