@@ -145,12 +145,13 @@ def _sheet(frame, out: Path) -> Path:
     with core.atomic(out, overwrite=False) as part: core.show_films(films, [c for c, _ in some]).savefig(part, dpi=100, format="png")
     return out
 
-# %% ../nbs/24_cli.ipynb #7de90740
+# %% ../nbs/24_cli.ipynb #7841add9
 @data_app.command("check")
 def data_check(
     name: Annotated[str, NAME],
     classes: Annotated[int | None, CLASSES] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Only what names and headers tell; no picture is decoded.")] = False,
+    beside: Annotated[str | None, typer.Option(metavar="NAME|FOLDER", help="Another data set: are its films among these?", show_default=False)] = None,
 ) -> None:
     """Check a data set: unreadable files, empty splits, doubles, patients on both sides. Exit code 1 if anything was found.
 
@@ -158,9 +159,10 @@ def data_check(
     Examples
       cxr-course data check path/to/chest_xray
       cxr-course data check path/to/chest_xray --quick
+      cxr-course data check path/to/covid_set --beside path/to/chest_xray
     """
     from cxr_course import data
-    report = data.check(_load(name, classes), pixels=not quick)
+    report = data.check(_load(name, classes), pixels=not quick, beside=None if beside is None else _load(beside))
     typer.echo(repr(report))
     for row in report.bad.to_dict("records"): typer.echo(f"{row['path']}: {row['error']}")
     if len(report.table): raise typer.Exit(1)

@@ -6,7 +6,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -43,12 +42,10 @@ def trained(place):
     return place, out, err
 
 
-def test_help_is_quick_and_teaches():
-    began = time.perf_counter()
+def test_help_teaches():
     out, _ = cxr("--help")
-    assert time.perf_counter() - began < 5          # well under one second on a quiet machine; tests run on busy ones
     assert "cxr-course train" in out and "never for diagnosis" in out
-    for command in ("train", "evaluate", "predict", ("data", "show"), ("data", "check"), ("data", "phantom"), ("data", "list")):
+    for command in ("train", "evaluate", "predict", ("data", "show"), ("data", "check"), ("data", "phantom"), ("data", "list"), ("data", "explore"), ("data", "augment"), "experiments", "record"):
         page, _ = cxr(*([command] if isinstance(command, str) else command), "--help")
         assert "Example" in page and "Usage: cxr-course" in page
 
@@ -109,6 +106,42 @@ def test_evaluate_elsewhere_leaves_out_what_was_learned(trained):
     assert "has learned from 1 of" in out and list((place / "runs" / "first").glob("report-elsewhere/report.html"))
     _, err = cxr("evaluate", "runs/first", "--data", "sample-covid", cwd=place, code=2)
     assert "another question" in err
+
+
+def test_films_of_another_set_are_found(place):
+    shutil.copytree(place / "films" / "train", place / "borrowed")
+    out, _ = cxr("data", "check", "borrowed", "--beside", "films", cwd=place, code=1)
+    assert "in this set and in the one beside it" in out
+
+
+def test_explore_writes_a_page_and_never_over_another(place):
+    out, _ = cxr("data", "explore", "films", "--out", "about", "--quick", cwd=place)
+    page = place / out.strip().split()[-1]
+    assert page.exists() and "http://" not in page.read_text().replace("http://www.w3.org", "")
+    _, err = cxr("data", "explore", "films", "--out", "about", cwd=place, code=2)
+    assert "never overwritten" in err or "exists" in err
+
+
+def test_augment_then_train_on_the_copies_with_the_strong_recipe(place):
+    out, _ = cxr("data", "augment", "films", "--out", "copies", cwd=place)
+    with open(place / "copies" / "films.csv") as f: rows = list(csv.DictReader(f))
+    copies = [r for r in rows if r["meta_copy_of"]]
+    assert copies and {r["split"] for r in copies} == {"train"} and f"{len(copies)} copies" in out
+    cxr("train", "--data", "copies/films.csv", "--model", "separable", "--recipe", "strong", "--out", "runs/strong", "--size", 32, "--epochs", 1, cwd=place)
+    training = json.loads((place / "runs" / "strong" / "card.json").read_text())["training"]
+    assert training["optimizer"] == "adamw" and "Augment" in training["augment"]
+
+
+def test_experiments_and_records(trained):
+    place = trained[0]
+    words = ("experiments", "--data", "films", "--out", "runs/list", "--only", "A1", "--only", "A2", "--seeds", 1, "--epochs", 1, "--scale", ".4")
+    out, _ = cxr(*words, cwd=place)
+    assert "RMSprop instead of SGD" in out and (place / "runs/list/differences.png").stat().st_size > 5000
+    stamp = (place / "runs/list/A1/seed-0/card.json").stat().st_mtime
+    cxr(*words, cwd=place)
+    assert (place / "runs/list/A1/seed-0/card.json").stat().st_mtime == stamp
+    cxr("record", "runs/first", "--data", "phantom", "--command", "train", "--out", "results/first.json", cwd=place)
+    assert json.loads((place / "results/first.json").read_text())["runs"][0]["auc"]
 
 
 def test_predict(trained):
