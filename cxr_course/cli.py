@@ -352,7 +352,7 @@ def _films(data: str, classes: int | None, seed: int, unknown: str, resplit: boo
     typer.echo("\n".join([f"{data}: {len(frame):,} pictures", *(f"  {s}" for s in said), repr(_counts(frame)), ""]))
     return frame
 
-# %% ../nbs/24_cli.ipynb #28c66792
+# %% ../nbs/24_cli.ipynb #ad315300
 def _recipe(recipe: Recipe, lr: float | None, patience: int, seed: int) -> dict:
     "The options of `training.fit` that a recipe stands for."
     from cxr_course import augmentation, training
@@ -361,9 +361,10 @@ def _recipe(recipe: Recipe, lr: float | None, patience: int, seed: int) -> dict:
 
 def _fit(frame, shape: tuple[int, int], out: Path, model: str, skip_bad: bool, options: dict):
     "Decode, train, and finish the run folder as a bundle."
-    from cxr_course import cnn, core, pipelines, prediction, training
+    from cxr_course import cnn, core, mlp, pipelines, prediction, training
+    if model not in (known := {**mlp.SPECS, **cnn.SPECS}): raise core.CourseError(f"there is no model named {model!r}", None, f"choose one of {', '.join(known)}")
     names = core.classes(frame)
-    network = cnn.build(model, (*shape, 1), 1 if len(names) == 2 and "label" in frame else len(names), options["seed"])
+    network = (mlp if model in mlp.SPECS else cnn).build(model, (*shape, 1), 1 if len(names) == 2 and "label" in frame else len(names), options["seed"])
     store = pipelines.build(frame, shape, skip_bad=skip_bad)
     for line in store.skipped.get("error", ()): typer.echo(f"skipped: {line}")
     training.fit(network, store, run=out, **options)
@@ -377,11 +378,11 @@ def _done(run, out: Path) -> None:
     typer.echo(f"\nEverything is in {out}; the page to read is {out / 'report' / 'report.html'}\nnext: cxr-course predict {out} FILE")
     if run.card["interrupted"]: raise typer.Exit(130)
 
-# %% ../nbs/24_cli.ipynb #d35823a7
+# %% ../nbs/24_cli.ipynb #83f7a6fa
 @app.command(short_help="Train a network on a data set, and report.")
 def train(
     data: Annotated[str, typer.Option(metavar="NAME|FOLDER", help="'sample' (simulated films), 'sample-nih', 'sample-covid', or a folder, .csv or .npz of your own.")] = "sample",
-    model: Annotated[str, typer.Option(metavar="NAME", help="A network of chapter 11: smallnet, cnn, wide, a1 to a8, separable.")] = "smallnet",
+    model: Annotated[str, typer.Option(metavar="NAME", help="A network of chapters 10 and 11: mlp, mlp_d1, mlp_d2, mlp_cured; smallnet, cnn, wide, a1 to a8, separable.")] = "smallnet",
     out: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Where the run goes; never overwritten.", show_default="runs/DATA-MODEL")] = None,
     size: Annotated[str, typer.Option(metavar="PIXELS", help="Films are cropped and shrunk to this: 128, or HEIGHTxWIDTH.")] = "128",
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the training films, at most.")] = 20,
