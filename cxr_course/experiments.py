@@ -120,6 +120,12 @@ def _remember(experiments: list[Experiment], frame: pd.DataFrame, folder: Path) 
         now["experiments"] = then["experiments"] | now["experiments"]
     with atomic(file) as part: part.write_text(json.dumps(now, indent=1), encoding="utf-8")
 
+# %% ../nbs/17_experiments.ipynb #41c8bb94
+def _plan(folder: Path) -> dict[str, dict]:
+    "The list of experiments that a folder was filled from."
+    if not (folder / "experiments.json").exists(): raise CourseError("no experiments were run here", folder, "give the folder that `run` filled")
+    return json.loads((folder / "experiments.json").read_text(encoding="utf-8"))["experiments"]
+
 # %% ../nbs/17_experiments.ipynb #6c7ace56
 def macro(
     predictions: pd.DataFrame, # of one split
@@ -138,16 +144,14 @@ def figures(
     recall = {f"recall {c}": float((said[predictions["label"] == c] == c).mean()) for c in classes(predictions)}
     return dict(auc=macro(predictions), accuracy=right, binary=kinds["right, sick or healthy"], **recall)
 
-# %% ../nbs/17_experiments.ipynb #e3d84340
+# %% ../nbs/17_experiments.ipynb #049f8b59
 def collect(
     folder: str | Path, # where `run` put its run folders
     split: str = "test", # or 'val'
 ) -> pd.DataFrame: # one row a run: experiment, seed, parent, change, parameters, epochs, seconds, and the figures
     "The table of runs, read from the folders."
     folder, rows = Path(folder), []
-    if not (folder / "experiments.json").exists(): raise CourseError("no experiments were run here", folder, "give the folder that `run` filled")
-    plan = json.loads((folder / "experiments.json").read_text(encoding="utf-8"))["experiments"]
-    for name, e in plan.items():
+    for name, e in _plan(folder).items():
         for card in sorted((folder / name).glob("seed-*/card.json")):
             r = training.load_run(card.parent)
             t = r.card["training"]
@@ -166,15 +170,14 @@ def summary(
     rows = [dict(experiment=n, change=g["change"].iloc[0], parameters=f"{g['parameters'].iloc[0]:,}", epochs=f"{g['epochs'].mean():.0f}", **{c: show(g[c]) for c in columns}) for n, g in runs.groupby("experiment", sort=False)]
     return pd.DataFrame(rows)
 
-# %% ../nbs/17_experiments.ipynb #0afde0bc
+# %% ../nbs/17_experiments.ipynb #6bdb2131
 def differences(
     folder: str | Path, # where `run` put its run folders
     times: int = 500, # draws of patients and seeds
     split: str = "test", # or 'val'
 ) -> pd.DataFrame: # one row a change: experiment, parent, change, gain, low, high, real
     "What each change bought in AUC, with an interval over patients and seeds."
-    folder = Path(folder)
-    plan = json.loads((folder / "experiments.json").read_text(encoding="utf-8"))["experiments"]
+    folder, plan = Path(folder), _plan(Path(folder))
     drawn = {name: _resampled(folder / name, split, times) for name in plan}
     rows = []
     for name, e in plan.items():

@@ -152,16 +152,17 @@ def ellipsoid(
     inside = 1 - ((x * c + y * s) / radii[0]) ** 2 - ((y * c - x * s) / radii[1]) ** 2
     return 2 * radii[2] * np.sqrt(np.maximum(inside, 0))
 
-# %% ../nbs/01_phantom.ipynb #0dbe10b7
+# %% ../nbs/01_phantom.ipynb #fe52396f
 def lungs(
     beam: Beam,
     breath: float = 0., # how much deeper than usual, cm of diaphragm
-) -> SimpleNamespace: # cavity, open (cm of lung along each ray), x, y, wall
+) -> SimpleNamespace: # cavity, open (cm of lung along each ray), x, y, wall and apex (cm to the side and to the top)
     "The chest cavity from apex to diaphragm: the lungs before heart and spine take their share."
     c, (x, y) = beam.chest, beam.at(0)
     ax, wide = np.abs(x), half_width(y) * c.inflation
     deep = half_depth(y) * c.depth * c.inflation * np.sqrt(np.maximum(1 - (x / wide) ** 2, 0))
-    cap = np.sqrt(np.maximum((13 - .20 * (ax - 5.2) ** 2 - y) / .12, 0))              # rounded towards the apex
+    apex = 13 - .20 * (ax - 5.2) ** 2 - y                                              # how far below the rounded top
+    cap = np.sqrt(np.maximum(apex / .12, 0))
     back, front = np.maximum(-deep, -2 - cap), np.minimum(deep, -2 + cap)
     cavity = np.maximum(front - back, 0)
     side = step(x, -3, 3)
@@ -170,7 +171,7 @@ def lungs(
     half = np.sqrt(np.maximum((dome - fall - y) / .035, 0))                            # the dome, cut by the ray
     below = np.maximum(np.minimum(front, 1.5 + half) - np.maximum(back, 1.5 - half), 0)
     ahead = np.maximum(front - np.maximum(back, 1.5 + half), 0) * step(half, 0, 1)     # in front of it the recess is closed
-    return SimpleNamespace(x=x, y=y, wall=wide - ax, cavity=cavity, open=np.maximum(cavity - below - ahead, 0) * (y > -16))
+    return SimpleNamespace(x=x, y=y, wall=wide - ax, apex=apex, cavity=cavity, open=np.maximum(cavity - below - ahead, 0) * (y > -16))
 
 # %% ../nbs/01_phantom.ipynb #47ec3ad3
 def mediastinum(
@@ -516,7 +517,7 @@ def ground_glass(s, severity: float, g) -> np.ndarray:
     fluid = sum(patch(s, p, (g.uniform(1.8, 3.6), g.uniform(2, 4), 4), (.10 + .26 * severity) * g.uniform(.7, 1.2), g, .5) for p in spots)
     return fluid * (1 + .18 * np.clip(grain(s.beam, g, .4), -1, 1))
 
-# %% ../nbs/01_phantom.ipynb #3768bf5c
+# %% ../nbs/01_phantom.ipynb #2760d27a
 def effusion(s, severity: float, g) -> np.ndarray:
     "Fluid at the bottom of one side, its surface climbing towards the chest wall."
     level = -11.2 + (.8 + 8.5 * severity) + 3.2 * np.exp(-np.maximum(s.wall, 0) / 2.2)
@@ -527,7 +528,7 @@ def pleural_thickening(s, severity: float, g) -> np.ndarray:
     rind = (.35 + 1.1 * severity) * (1 + .3 * grain(s.beam, g, 1.5))
     low = g.uniform(-10, 4)
     band = step(rind - s.wall, -.1, .15) * step(s.y, low, low + 1.5)
-    cap = step(13 - .2 * (np.abs(s.x) - 5.2) ** 2 - s.y, 0, .1) * step(rind * 1.6 - (13 - .2 * (np.abs(s.x) - 5.2) ** 2 - s.y), -.1, .2)
+    cap = step(s.apex, 0, .1) * step(rind * 1.6 - s.apex, -.1, .2)
     return np.minimum(s.lung, 5) * np.maximum(band, cap) * ((s.x > 0) == (g.random() < .5))
 
 def fibrosis(s, severity: float, g) -> np.ndarray:
@@ -535,7 +536,7 @@ def fibrosis(s, severity: float, g) -> np.ndarray:
     net = np.exp(-(grain(s.beam, g, .22) / .35) ** 2) + .6 * np.exp(-(grain(s.beam, g, .45) / .3) ** 2)
     return (.05 + .16 * severity) * s.lung * net * (.25 + step(-s.y, -6, 7)) * (.3 + step(5 - s.wall, 0, 5))
 
-# %% ../nbs/01_phantom.ipynb #da2675b2
+# %% ../nbs/01_phantom.ipynb #a6121593
 def edema(s, severity: float, g) -> np.ndarray:
     "Wings of haze spreading from both hila, fine lines at the bases, wider vessels above."
     wings = sum(patch(s, (side * 5.0, g.uniform(-1.5, 1)), (4.6, 5.6, 5), .10 + .36 * severity, g, .25) for side in (-1, 1))
@@ -565,7 +566,7 @@ def pneumothorax(s, severity: float, g) -> np.ndarray:
     "Air between lung and chest wall: black, without vessels, ended by the thin white line of the pleura."
     side = (s.x > 0) == (g.random() < .5)
     gap = (.5 + 3.2 * severity) * (1 + .05 * np.clip(s.y, -8, 12)) * (1 + .06 * grain(s.beam, g, 2.5))
-    depth = np.minimum(s.wall, (13 - .2 * (np.abs(s.x) - 5.2) ** 2 - s.y) * .8)
+    depth = np.minimum(s.wall, s.apex * .8)
     out = step(gap - depth, -.08, .08) * side * (s.lung > .3)
     s.vessels, s.thin = s.vessels * (1 - out), s.thin + out
     return .45 * np.exp(-((gap - depth) / .14) ** 2) * side * (s.lung > .3)
