@@ -49,7 +49,7 @@ course: $(STAMP)
 	@$(BIN)/python -c 'import sys; from cxr_course.build import course; sys.exit(course(only=sys.argv[1:]))' $(ONLY)
 
 test: $(STAMP)
-	@$(BIN)/python -m pytest tests $(ARGS)
+	@$(BIN)/python -m pytest tests --numprocesses 2 --dist loadgroup $(ARGS)
 
 lab: $(STAMP)
 	@$(BIN)/jupyter lab nbs/00_core.ipynb

@@ -10,6 +10,25 @@ os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 os.environ.setdefault("MPLBACKEND", "agg")
 os.environ["CXR_COURSE_SIZE"] = "tiny"
 
+# `make test` runs two workers. Each keeps to its share of the cores, so that two TensorFlows do not fight over all of them.
+if (worker := os.environ.get("PYTEST_XDIST_WORKER")) and hasattr(os, "sched_setaffinity"):
+    cores, workers = sorted(os.sched_getaffinity(0)), int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    os.sched_setaffinity(0, cores[int(worker[2:]) % len(cores)::workers] or cores)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    "A file stays with one worker, since its tests share what they made; the notebooks go wherever there is room."
+    for item in items:
+        if item.path.name != "test_notebooks.py": item.add_marker(pytest.mark.xdist_group(item.path.stem))
+
+
+def pytest_terminal_summary(terminalreporter):
+    "What each chapter took and found, in the order of reading."
+    notes = sorted((note, name) for report in terminalreporter.getreports("") for name, note in report.user_properties if name == "chapter")
+    if notes: terminalreporter.section("chapters at size tiny")
+    for note, _ in notes: terminalreporter.write_line(note)
+
 
 @pytest.fixture(scope="session")
 def root():

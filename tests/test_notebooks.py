@@ -8,9 +8,9 @@ NOTEBOOKS = sorted((ROOT / "nbs").glob("[!_.]*.ipynb"))
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_notebook_runs(path, capsys):
+def test_notebook_runs(path, record_property):
     notebook, outcome = build.execute(path, "tiny")
-    with capsys.disabled(): print(f"  {outcome.seconds:5.1f} s {outcome.memory / 2**20:5.0f} MB  {outcome.headline or outcome.failure}")
+    record_property("chapter", f"{path.stem:16} {outcome.seconds:5.1f} s {outcome.memory / 2**20:5.0f} MB  {outcome.headline or outcome.failure}")
     assert not outcome.failure, outcome.failure
     assert outcome.headline or path.stem == "index", "its last code cell must call core.headline"
 
