@@ -13,8 +13,8 @@ cfg = ini["DEFAULT"]
 def words(key): return cfg.get(key, "").split()
 
 
-extras = {name: words(f"{name}_requirements") for name in ("dicom", "docs", "teach", "app")}
-extras["dev"] = words("dev_requirements") + extras["dicom"]   # the chapters read DICOM and NIfTI
+extras = {name: words(f"{name}_requirements") for name in ("dicom", "tune", "docs", "teach", "app")}
+extras["dev"] = words("dev_requirements") + extras["dicom"] + extras["tune"]   # the chapters read DICOM and NIfTI, and search
 readme = here / "README.md"
 
 setup(
