@@ -131,9 +131,9 @@ def _auc(frame: pd.DataFrame, p: np.ndarray) -> float:
     each = [evaluation.auc(*q) for q in asked.values()]
     return float(np.mean([a for a in each if not np.isnan(a)] or [np.nan]))
 
-# %% ../nbs/12_training.ipynb #3ef2b645
-def _step(model, optimizer, loss: Callable, augment: Callable | None, spec: tuple):
-    "One step of training, compiled for batches like `spec`."
+# %% ../nbs/12_training.ipynb #636bef76
+def _step(model, optimizer, loss: Callable, augment: Callable | None, spec: tuple, rates: list[float] | None = None):
+    "One step of training, compiled for batches like `spec`; of each weight's step only its share in `rates` is taken."
     if not optimizer.built: optimizer.build(model.trainable_variables)
     def step(x, y):
         if augment is not None: x = augment(x, training=True)
@@ -141,7 +141,9 @@ def _step(model, optimizer, loss: Callable, augment: Callable | None, spec: tupl
             value = loss(y, model(x, training=True))
             total = value + sum(model.losses)                      # L2 of the kernels, if the description asks for it
         weights = model.trainable_variables
+        before = {i: tf.identity(weights[i].value) for i, share in enumerate(rates or ()) if share != 1}
         optimizer.apply(tape.gradient(total, weights), weights)
+        for i, old in before.items(): weights[i].assign(old + rates[i] * (weights[i] - old))
         return value
     return tf.function(step).get_concrete_function(*spec)
 
@@ -228,7 +230,7 @@ def _check(model, train, val, unknown: str) -> None:
         if "label" in f and name != "test" and f["label"].nunique() < min(len(names), 2 if name == "val" else 99):
             raise CourseError(f"the films of split {name!r} do not show every class", ", ".join(f"{k} {v}" for k, v in f["label"].value_counts().items()), "split again with a larger share, or bring more patients")
 
-# %% ../nbs/12_training.ipynb #d6b15fb9
+# %% ../nbs/12_training.ipynb #b6671347
 def fit(
     model, # a model that gives logits, from `cnn.build` or loaded
     train, # a Store; its rows with split 'train' teach
@@ -243,30 +245,36 @@ def fit(
     optimizer: str | None = None, # a Keras name such as 'adamw'; default: the one of the model's description
     smoothing: float = 0., # of labels
     augment: Callable | None = None, # a Keras layer for training films (chapter 13)
-    loss: Callable | None = None, # of (y, logits); default `cross_entropy`
+    loss: Callable | None = None, # of (y, logits), for instance one of chapter 15; default `cross_entropy`
     unknown: str = "raise", # films without patient: 'raise' or 'picture'
     each: Callable[[dict], None] | None = None, # called with the row of history after every epoch
     resume: bool = False, # continue a run that was killed
     deterministic: bool = False, # ask TensorFlow for operations that never vary; somewhat slower
     name: str | None = None, # what to call the model on the card; default: its own name
+    rates: list[float] | None = None, # the share of its step that each of `model.trainable_variables` takes; default: 1
+    about: dict | None = None, # what else the card shall tell
 ): # the finished `Run`; `model` itself is left with the best weights
     "Train a network and leave a run folder."
     run, val = Path(run), val if val is not None else train
     if schedule not in ("plateau", "cosine"): raise CourseError(f"schedule={schedule!r} is not a choice", None, "use 'plateau' or 'cosine'")
+    if loss is not None and smoothing: raise CourseError("smoothing belongs to the usual loss, and another one was given", None, "leave smoothing at 0")
     if deterministic: tf.config.experimental.enable_op_determinism()
     _check(model, train, val, unknown)
+    if rates is not None and (len(rates) != len(model.trainable_variables) or min(rates) < 0): raise CourseError(f"{len(rates)} rates for {len(model.trainable_variables)} weights", None, "give one for each of model.trainable_variables, 0 or more")
     spec = getattr(model, "spec", None)
     optimizer = optimizer or (spec.optimizer if spec else "adam")
     plan = dict(model=name or model.name, spec=asdict(spec) if spec else None, parameters=model.count_params(), data=_hash(*({id(s): s for s in (train, val)}.values())), epochs=epochs, batch=batch,
-                lr=lr, seed=seed, patience=patience, schedule=schedule, optimizer=optimizer, smoothing=smoothing, augment=_describe(augment), loss=getattr(loss, "__name__", "cross_entropy"), deterministic=deterministic)
+                lr=lr, seed=seed, patience=patience, schedule=schedule, optimizer=optimizer, smoothing=smoothing, augment=_describe(augment), loss=_describe(loss) or "cross_entropy", deterministic=deterministic,
+                rates=rates and list(map(float, rates)), about=about)
     part = _open(run, plan, resume)
     interrupted = _train(model, train, val, part, plan, augment, loss, each, resume)
     return _finish(model, train, val, part, run, plan, unknown, interrupted)
 
-# %% ../nbs/12_training.ipynb #cf909cbd
-def _describe(augment) -> str | None:
-    if augment is None: return None
-    return json.dumps(keras.saving.serialize_keras_object(augment), sort_keys=True, default=str) if isinstance(augment, keras.Layer) else getattr(augment, "__name__", "custom")
+# %% ../nbs/12_training.ipynb #09f53110
+def _describe(part) -> str | None:
+    "In words that a card can hold: an augmentation or a loss with its settings, of a plain function the name."
+    if part is None: return None
+    return json.dumps(keras.saving.serialize_keras_object(part), sort_keys=True, default=str) if isinstance(part, (keras.Layer, keras.losses.Loss)) else getattr(part, "__name__", "custom")
 
 def _train(model, train, val, part: Path, plan: dict, augment, loss, each, resume: bool) -> bool:
     "Epoch after epoch; True if the reader pressed Ctrl-C."
@@ -274,7 +282,7 @@ def _train(model, train, val, part: Path, plan: dict, augment, loss, each, resum
     opt.build(model.trainable_variables)
     variables = [v for v in (*model.variables, *opt.variables) if "seed_generator_state" not in v.path]
     history = _load_state(part, variables).to_dict("records") if resume else []
-    step = _step(model, opt, loss or (lambda y, z: cross_entropy(y, z, plan["smoothing"])), augment, pipelines.stream(train, "train").element_spec)
+    step = _step(model, opt, loss or (lambda y, z: cross_entropy(y, z, plan["smoothing"])), augment, pipelines.stream(train, "train").element_spec, plan["rates"])
     forward, rows, truth = _forward(model, val.shape), _rows(val, "val"), val.labels("val")
     frame = val.frame.iloc[rows]
     logs = tf.summary.create_file_writer(str(part / "logs"))
@@ -326,7 +334,7 @@ def _record(model, part: Path, logs, history: list[dict], variables: list, plan:
     if not os.environ.get("CXR_COURSE_QUIET"):
         print(f"epoch {row['epoch']:>3}/{plan['epochs']}  loss {row['loss']:.3f}  val loss {row['val_loss']:.3f}  val AUC {row['val_auc']:.3f}  step {row['lr']:.0e}  {row['seconds']:.0f} s{'  best so far' if best else ''}", flush=True)
 
-# %% ../nbs/12_training.ipynb #d2543414
+# %% ../nbs/12_training.ipynb #e67c7fc3
 def _peak_mb() -> int | None:
     "The most memory this process ever held; None where the system does not say (Windows)."
     try: import resource
@@ -348,7 +356,8 @@ def _finish(model, train, val, part: Path, run: Path, plan: dict, unknown: str, 
                 preprocessing=dict(shape=list(val.shape), fit="crop to aspect, then resize", values="0 to 1, bones white"),
                 data=dict(hash=plan["data"], unknown_patients=unknown, splits={s: _counts(f, unknown) for s, f in frames.items()}),
                 training={k: plan[k] for k in ("epochs", "batch", "lr", "seed", "patience", "schedule", "optimizer", "smoothing", "augment", "loss", "deterministic")}
-                | dict(epochs_run=len(history), best_epoch=best_epoch(history["val_loss"]) + 1, seconds=round(float(history["seconds"].sum()), 1), peak_mb=_peak_mb()),
+                | dict(epochs_run=len(history), best_epoch=best_epoch(history["val_loss"]) + 1, seconds=round(float(history["seconds"].sum()), 1), peak_mb=_peak_mb())
+                | dict(rates=plan["rates"] and {f"{r:g}": plan["rates"].count(r) for r in sorted(set(plan["rates"]))}), about=plan["about"],
                 metrics={s: _metrics(f, threshold, unknown) for s, f in frames.items() if s != "train"}, versions=_versions())
     with atomic(part / "predictions.csv") as file: predictions.to_csv(file, index=False)
     with atomic(part / "card.json") as file: file.write_text(json.dumps(card, indent=1))
