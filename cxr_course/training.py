@@ -215,7 +215,7 @@ def _versions() -> dict:
         except PackageNotFoundError: found[name] = None
     return found
 
-# %% ../nbs/12_training.ipynb #0f418698
+# %% ../nbs/12_training.ipynb #5065d038
 def _check(model, train, val, unknown: str) -> None:
     for store in (train, val): _refuse_misfit(model, store)
     names, outputs = classes(train.frame), model.output_shape[-1]
@@ -230,7 +230,12 @@ def _check(model, train, val, unknown: str) -> None:
         if "label" in f and name != "test" and f["label"].nunique() < min(len(names), 2 if name == "val" else 99):
             raise CourseError(f"the films of split {name!r} do not show every class", ", ".join(f"{k} {v}" for k, v in f["label"].value_counts().items()), "split again with a larger share, or bring more patients")
 
-# %% ../nbs/12_training.ipynb #b6671347
+def _refuse_settings(model, schedule: str, smoothing: float, loss: Callable | None, rates: list[float] | None) -> None:
+    if schedule not in ("plateau", "cosine"): raise CourseError(f"schedule={schedule!r} is not a choice", None, "use 'plateau' or 'cosine'")
+    if loss is not None and smoothing: raise CourseError("smoothing belongs to the usual loss, and another one was given", None, "leave smoothing at 0")
+    if rates is not None and (len(rates) != len(model.trainable_variables) or min(rates) < 0): raise CourseError(f"{len(rates)} rates for {len(model.trainable_variables)} weights", None, "give one for each of model.trainable_variables, 0 or more")
+
+# %% ../nbs/12_training.ipynb #df6efb8c
 def fit(
     model, # a model that gives logits, from `cnn.build` or loaded
     train, # a Store; its rows with split 'train' teach
@@ -256,15 +261,12 @@ def fit(
 ): # the finished `Run`; `model` itself is left with the best weights
     "Train a network and leave a run folder."
     run, val = Path(run), val if val is not None else train
-    if schedule not in ("plateau", "cosine"): raise CourseError(f"schedule={schedule!r} is not a choice", None, "use 'plateau' or 'cosine'")
-    if loss is not None and smoothing: raise CourseError("smoothing belongs to the usual loss, and another one was given", None, "leave smoothing at 0")
+    _refuse_settings(model, schedule, smoothing, loss, rates)
     if deterministic: tf.config.experimental.enable_op_determinism()
     _check(model, train, val, unknown)
-    if rates is not None and (len(rates) != len(model.trainable_variables) or min(rates) < 0): raise CourseError(f"{len(rates)} rates for {len(model.trainable_variables)} weights", None, "give one for each of model.trainable_variables, 0 or more")
     spec = getattr(model, "spec", None)
-    optimizer = optimizer or (spec.optimizer if spec else "adam")
     plan = dict(model=name or model.name, spec=asdict(spec) if spec else None, parameters=model.count_params(), data=_hash(*({id(s): s for s in (train, val)}.values())), epochs=epochs, batch=batch,
-                lr=lr, seed=seed, patience=patience, schedule=schedule, optimizer=optimizer, smoothing=smoothing, augment=_describe(augment), loss=_describe(loss) or "cross_entropy", deterministic=deterministic,
+                lr=lr, seed=seed, patience=patience, schedule=schedule, optimizer=optimizer or (spec.optimizer if spec else "adam"), smoothing=smoothing, augment=_describe(augment), loss=_describe(loss) or "cross_entropy", deterministic=deterministic,
                 rates=rates and list(map(float, rates)), about=about)
     part = _open(run, plan, resume)
     interrupted = _train(model, train, val, part, plan, augment, loss, each, resume)
