@@ -169,7 +169,7 @@ def _part(model, scale: Callable, loss: Callable, x, y, rest: list, i, n):
         total = scale(value + sum(extra) / n)
     return value, tape.gradient(total, weights, unconnected_gradients="zero"), rest
 
-# %% ../nbs/12_training.ipynb #c6a1b8ce
+# %% ../nbs/12_training.ipynb #366fcc45
 def _parts(model, scale: Callable, loss: Callable, x, y, rest: list, first, count: int, n: int):
     "The same for `count` parts from number `first` on, one after the other, so that only one is in memory."
     if count == 1: return _part(model, scale, loss, x, y, rest, first, n)
@@ -188,8 +188,9 @@ def _side_by_side(strategy, model, scale: Callable, loss: Callable, x, y, rest: 
         i = tf.cast(here.replica_id_in_sync_group, tf.int32)
         shifted = [tf.cast(tf.stack([0, i * 2**20]), r.dtype) if d else 0 for r, d in zip(rest, dice)]       # dropout draws other numbers on each device
         value, gradients, after = _parts(model, scale, loss, x, y, [r + s if d else r for r, s, d in zip(rest, shifted, dice)], i * accumulate, accumulate, n * accumulate)
-        value, gradients = here.all_reduce("SUM", [value, gradients])
-        return value, gradients, [r - s if d else here.all_reduce("MEAN", r) if r.dtype.is_floating else r for r, s, d in zip(after, shifted, dice)]
+        means = {k: r / n for k, r in enumerate(after) if r.dtype.is_floating}                # the averages of batch normalisation
+        value, gradients, means = here.all_reduce("SUM", [value, gradients, means])
+        return value, gradients, [r - s if d else means.get(k, r) for k, (r, s, d) in enumerate(zip(after, shifted, dice))]
     return tf.nest.map_structure(lambda v: strategy.experimental_local_results(v)[0], strategy.run(on_one, (x, y)))
 
 # %% ../nbs/12_training.ipynb #93a91ca8
@@ -308,7 +309,7 @@ def _refuse_settings(model, schedule: str, smoothing: float, loss: Callable | No
     if accumulate < 1: raise CourseError(f"a batch cannot be taken in {accumulate} parts", None, "give accumulate=1 or more")
     if precision not in ("float32", "mixed_bfloat16", "mixed_float16"): raise CourseError(f"precision={precision!r} is not a choice", None, "use 'float32', 'mixed_bfloat16' or 'mixed_float16'")
 
-# %% ../nbs/12_training.ipynb #8ad67c44
+# %% ../nbs/12_training.ipynb #89d29dbb
 def _place(strategy) -> tuple[int, int]:
     "Which process this is, of how many."
     resolver = getattr(strategy, "cluster_resolver", None)
@@ -322,7 +323,7 @@ def _sum(strategy, arrays: Iterable, first: bool = False) -> list:
     def add(*own):
         here = tf.distribute.get_replica_context()
         counts = tf.logical_or(not first, here.replica_id_in_sync_group == 0)
-        return here.all_reduce("SUM", [tf.where(counts, a, tf.zeros_like(a)) for a in own])
+        return [here.all_reduce("SUM", tf.where(counts, a, tf.zeros_like(a))) for a in own]
     def all_add(*own): return strategy.run(add, own)
     return [strategy.experimental_local_results(v)[0].numpy() for v in tf.function(all_add)(*map(tf.constant, arrays))]
 
@@ -379,7 +380,7 @@ def fit(
     interrupted = _train(model, train, val, part, plan, augment, loss, each, resume, strategy)
     return _finish(model, train, val, part, run, plan, unknown, interrupted) if part else None
 
-# %% ../nbs/12_training.ipynb #cd57b3ba
+# %% ../nbs/12_training.ipynb #20af64b4
 def _describe(part) -> str | None:
     "In words that a card can hold: an augmentation or a loss with its settings, of a plain function the name."
     if part is None: return None
@@ -391,6 +392,7 @@ def _plan(model, train, val, name: str | None, optimizer: str | None, augment, l
     return dict(model=name or model.name, spec=asdict(spec) if spec else None, parameters=model.count_params(), data=_hash(*stores), optimizer=optimizer or (spec.optimizer if spec else "adam"),
                 augment=_describe(augment), loss=_describe(loss) or "cross_entropy", rates=rates and list(map(float, rates)))
 
+# %% ../nbs/12_training.ipynb #9c9f38a1
 def _train(model, train, val, part: Path | None, plan: dict, augment, loss, each, resume: bool, strategy=None) -> bool:
     "Epoch after epoch; True if the reader pressed Ctrl-C."
     if plan["deterministic"]: tf.config.experimental.enable_op_determinism()
@@ -412,7 +414,7 @@ def _train(model, train, val, part: Path | None, plan: dict, augment, loss, each
             row |= dict(val_loss=0., val_auc=0.)
             if part:
                 z = _logits(forward, val, rows)
-                row |= dict(val_loss=float((loss or cross_entropy)(truth, z)), val_auc=_auc(frame, cnn.probabilities(z, bool(findings(frame)))))
+                row |= dict(val_loss=float(getattr(loss, "judge", loss or cross_entropy)(truth, z)), val_auc=_auc(frame, cnn.probabilities(z, bool(findings(frame)))))
             row["val_loss"], row["val_auc"] = map(float, _sum(strategy, [row["val_loss"], row["val_auc"]], first=True))     # all follow the first
             row["seconds"] = round(time.perf_counter() - row.pop("began"), 2)
             history.append(row)
