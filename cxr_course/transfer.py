@@ -342,7 +342,7 @@ def _key(look, store, pool: bool) -> str:
     for i in range(0, len(store), 256): mark.update(np.ascontiguousarray(store.take(np.arange(i, min(i + 256, len(store))))))
     return mark.hexdigest()[:24]
 
-# %% ../nbs/14_transfer.ipynb #55daef39
+# %% ../nbs/14_transfer.ipynb #389f33ef
 def extract(
     model, # a model that keeps the contract
     store, # a Store of films
@@ -354,8 +354,9 @@ def extract(
     import tensorflow as tf
     look = cnn.features(model)
     folder = cache_dir("maps", _key(look, store, pool))
-    forward = tf.function(lambda x: tf.reduce_mean(look(x, training=False), (1, 2)) if pool else look(x, training=False), input_signature=[tf.TensorSpec((None, *store.shape, 1), tf.float32)])
-    see = lambda rows: forward((store.take(rows) * np.float32(1 / 255))[..., None]).numpy()
+    maps = lambda x: tf.reduce_mean(look(x, training=False), (1, 2)) if pool else look(x, training=False)
+    forward = tf.function(maps).get_concrete_function(tf.TensorSpec((None, *store.shape, 1), tf.float32))
+    see = lambda rows: forward(tf.constant((store.take(rows) * np.float32(1 / 255))[..., None])).numpy()
     parts, starts = [], range(0, len(store), shard)
     for start in progress(starts, "looking", unit="shard") if len(starts) > 1 else starts:
         file = folder / f"{start:09d}.npy"
