@@ -1,0 +1,187 @@
+"""Elsewhere: films covered exactly, sources left out wholly, figures that remember nothing, and a monitor that keeps its promise."""
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+pytest.importorskip("keras")
+from sklearn import metrics
+
+from cxr_course import cnn, core, data, phantom, pipelines, shift, splits, training
+from cxr_course.core import CourseError
+
+SPEC = cnn.Spec((8, 8), (), padding="same", stride=2, last_pool=False, head="gap")
+
+
+@pytest.fixture(scope="module")
+def films(): return data.load("sample-covid", classes=2)
+
+
+@pytest.fixture(scope="module")
+def store(films): return pipelines.build(splits.hold_out(films, .3), (32, 32))
+
+
+@pytest.fixture(scope="module")
+def run(store, tmp_path_factory):
+    return training.fit(cnn.build(SPEC, (32, 32, 1)), store, run=tmp_path_factory.mktemp("shift") / "run", epochs=1, optimizer="adam")
+
+
+def cloud(patients, films=1, shift=0., seed=0, own=1.):
+    "Points (n, 5) of patients, each with films near each other, and the patients' names."
+    g = core.rng("cloud", patients, films, seed)
+    middle = np.repeat(g.normal(size=(patients, 5)) * own, films, axis=0)
+    return middle + g.normal(size=middle.shape) * (1 - .9 * (own > 1)) + shift, np.repeat([f"{seed}-{i}" for i in range(patients)], films)
+
+
+def test_masks_cover_exactly(store):
+    masks = shift.lungs(store).take() > 127
+    assert not shift.alter(store, "lungs only").take()[~masks].any() and not shift.alter(store, "lungs blacked out").take()[masks].any()
+    assert (shift.alter(store, "lungs only").take()[masks] == store.take()[masks]).all()
+
+
+def test_masks_follow_their_films_under_another_frame(store):
+    through = shift.alter(store, "lungs only")
+    turned = store.frame.iloc[::-3].reset_index(drop=True)
+    assert (through.using(turned).take() == through.take()[::-3]).all()
+    assert (through.using(turned).array("train") == through.using(turned).array()[through.using(turned).rows("train")]).all()
+
+
+def test_views_without_masks(store):
+    border, centre = shift.alter(store, "border only").take(), shift.alter(store, "centre blacked out").take()
+    assert not border[:, 8:-8, 8:-8].any() and (border[:, :4] == store.take()[:, :4]).all() and not centre[:, 12:-12, 12:-12].any()
+    for view in ("marker erased", "cropped"): assert shift.alter(store, view).take().shape == store.take().shape
+    assert (shift.alter(store, "marker erased").take() <= store.take()).all()
+
+
+def test_the_crop_has_no_room_for_letters():
+    plan = phantom.world(3, kind="covid", films=(1, 1), pixels=96, hospitals=("A",))
+    taken = lambda letter: np.stack([(phantom.film(r, (96, 96)) * 255).astype(np.uint8) for r in plan.assign(marker=letter).to_dict("records")])
+    assert (taken("R") != taken("AP")).any() and (shift.cropped(taken("R")) == shift.cropped(taken("AP"))).all()
+
+
+def test_no_masks_is_said():
+    plain = pipelines.build(data.load("sample").head(4), (32, 32))
+    with pytest.raises(CourseError, match="no lung mask"): shift.alter(plain, "lungs only")
+    with pytest.raises(CourseError, match="no view"): shift.alter(plain, "upside down")
+
+
+def test_fresh_figures_are_those_of_scikit_learn():
+    g = core.rng("fresh")
+    p = pd.DataFrame(dict(path=[f"{i}" for i in range(60)], label=pd.Categorical(g.choice(["no", "yes"], 60), ["no", "yes"]), p_yes=g.random(60))).assign(p_no=lambda t: 1 - t["p_yes"])
+    sets = {"a": p[:20].reset_index(drop=True), "b": p[20:].reset_index(drop=True)}
+    for name, row in shift.fresh(sets, .4).set_index("set").iterrows():
+        y, s = (sets[name]["label"] == "yes").to_numpy(), sets[name]["p_yes"].to_numpy()
+        tn, fp, fn, tp = metrics.confusion_matrix(y, s >= .4).ravel()
+        assert (row.tp, row.fp, row.tn, row.fn) == (tp, fp, tn, fn) and row.accuracy == pytest.approx(metrics.accuracy_score(y, s >= .4))
+        assert row.precision == pytest.approx(metrics.precision_score(y, s >= .4)) and row.recall == pytest.approx(metrics.recall_score(y, s >= .4)) and row.auc == pytest.approx(metrics.roc_auc_score(y, s))
+
+
+def test_the_source_left_out_teaches_nothing(films):
+    who = sorted(films["patient"].unique())
+    home = films["patient"].map({p: "ABC"[i % 3] for i, p in enumerate(who)})
+    frame = films.assign(split=None, source=home.where((films["patient"] != who[0]) | (films.index % 2 == 0), "B"))     # one patient changes hospitals
+    for source in "ABC":
+        cut = shift.leave_out(frame, source)
+        taught, test = cut[cut["split"] != "test"], cut[cut["split"] == "test"]
+        assert set(test["source"]) == {source} and source not in set(taught["source"]) and not splits.leakage(taught, test) and len(test) == (frame["source"] == source).sum()
+        assert set(taught["split"]) == {"train", "val"} and not splits.leakage(taught[taught["split"] == "train"], taught[taught["split"] == "val"])
+    order = {p: i for i, (_, p) in enumerate(sorted(set(zip(films["split"], films["patient"]))))}
+    known = films.assign(source=films["patient"].map(lambda p: "ABC"[order[p] % 3]))
+    assert len(known.query("split == 'test' and source == 'B'"))
+    cut = shift.leave_out(known, "B")
+    assert set(cut.loc[cut["split"] == "test", "path"]) == set(known.query("split == 'test' and source == 'B'")["path"]) and not set(cut["path"]) & set(known.query("split == 'test' and source != 'B'")["path"])
+
+
+def test_one_source_is_refused(films):
+    alone = films[films["source"] == "A"]
+    for call in (lambda: shift.leave_out(alone, "A"), lambda: shift.ask_source(alone)):
+        with pytest.raises(CourseError, match="only one source"): call()
+    with pytest.raises(CourseError, match="no source"): shift.leave_out(films, "Z")
+    assert core.classes(shift.ask_source(films)) == ["A", "B", "C"]
+
+
+def test_balanced_draws_training_only(films):
+    frame = films.assign(letter=np.where(np.arange(len(films)) % 4, "R", "AP"))
+    even = shift.balanced(frame, "letter")
+    cells = pd.crosstab(*(even.loc[even["split"] == "train", c] for c in ("letter", "label")))
+    assert cells.to_numpy().min() == cells.to_numpy().max() and (even["split"] != "train").sum() == (frame["split"] != "train").sum()
+    with pytest.raises(CourseError, match="cannot invent"): shift.balanced(frame[(frame["letter"] == "R") | (frame["label"] != "Normal")], "letter")
+
+
+@pytest.mark.parametrize("test", [shift.mmd, shift.gap])
+def test_level_and_power(test):
+    find = lambda i, by: (lambda a, b: test(a[0], b[0] + by, a[1], b[1], 99).p)(cloud(20, 2, seed=2 * i), cloud(15, 2, seed=2 * i + 1))
+    quiet, loud = np.array([find(i, 0) for i in range(100)]), np.array([find(i, 1.) for i in range(20)])
+    assert (quiet <= .05).mean() <= .12 and .35 < quiet.mean() < .65 and (loud <= .05).mean() >= .9
+    assert test(*(cloud(20)[0],) * 2, *(cloud(20)[1],) * 2, 99).p == 1
+
+
+def test_patients_are_shuffled_and_films_are_not():
+    pairs = [(cloud(8, 10, seed=2 * i, own=3.), cloud(8, 10, seed=2 * i + 1, own=3.)) for i in range(40)]
+    by_patient = [shift.mmd(a[0], b[0], a[1], b[1], 99).p for a, b in pairs]
+    by_film = [shift.mmd(a[0], b[0], np.arange(80), np.arange(80), 99).p for a, b in pairs]
+    assert np.mean(np.array(by_patient) <= .05) <= .15 and np.mean(np.array(by_film) <= .05) >= .8
+
+
+def test_every_patient_counts_once():
+    (x, who), (y, there) = cloud(10), cloud(10, seed=1)
+    once = shift.mmd(x, y, who, there, 19)
+    assert shift.gap(np.r_[x, x[:1], x[:1]], y, [*who, who[0], who[0]], there, 19).value == pytest.approx(shift.gap(x, y, who, there, 19).value, abs=.02)
+    assert once == (once.value, once.p, once.shuffled) and len(once.shuffled) == 19
+    with pytest.raises(CourseError, match="too few patients"): shift.mmd(x[:4], y, who[:4], there)
+
+
+def test_monitor_end_to_end(run, store, films, tmp_path):
+    known = shift.reference(run)
+    assert set(known.paths) == set(store.frame.query("split == 'val'")["path"]) and all((a == b).all() for a, b in zip(known, shift.reference(run.folder)))
+    folder = Path(films["path"].iloc[0]).parents[2]
+    verdict = shift.monitor(run, folder, times=99)
+    assert len(verdict.new.paths) == len(data.load(folder)) and not any("lung masks" in p for p in verdict.new.paths) and 0 < verdict.p <= 1
+    assert verdict.table is not None and "shift was found" in repr(verdict) and "<table" in verdict._repr_html_() and (verdict.unlike["distance"].diff().dropna() <= 0).all()
+    page = verdict.save(tmp_path / "verdict")
+    assert json.loads((page / "verdict.json").read_text())["shift"] == verdict.shift and "http" not in (page / "index.html").read_text().replace("http://www.w3.org", "")
+    with pytest.raises(CourseError, match="never overwritten"): verdict.save(page)
+
+
+def test_an_inverted_film_is_a_shift_and_a_repeated_verdict_is_the_same(run, store):
+    negative = shift.Altered(store, lambda films, masks: 255 - films)
+    loud = shift.monitor(run, negative, times=199)
+    assert loud.shift and loud.apart.value > .9 and loud.p == shift.monitor(run, negative, times=199).p
+
+
+def test_films_that_taught_are_left_out(run, store):
+    marks = pd.read_csv(store.folder / "index.csv", dtype=str).set_index("path")["sha256"]
+    store.frame.assign(sha256=store.frame["path"].map(marks))[["path", "split", "sha256"]].to_csv(run.folder / "films.csv", index=False)
+    try:
+        assert set(shift.monitor(run, store, times=19).new.paths) == set(store.frame.query("split == 'test'")["path"])
+        with pytest.raises(CourseError, match="learned from every one"): shift.monitor(run, store.using(store.frame.query("split == 'train'").reset_index(drop=True)), times=19)
+    finally: (run.folder / "films.csv").unlink()
+
+
+def test_folders(tmp_path, films):
+    with pytest.raises(CourseError, match="no picture"): shift.arrived(tmp_path, ["a", "b"])
+    with pytest.raises(CourseError, match="no such folder"): shift.arrived(tmp_path / "nowhere", ["a", "b"])
+    for p in films["path"].head(3): (tmp_path / Path(p).name).write_bytes(Path(p).read_bytes())
+    heap = shift.arrived(tmp_path, ["a", "b"])
+    assert len(heap) == 3 and heap["label"].isna().all() and core.classes(heap) == ["a", "b"]
+
+
+def test_reference_without_its_films(run, tmp_path):
+    import shutil
+    copy = tmp_path / "moved"
+    shutil.copytree(run.folder, copy)
+    (copy / "reference.npz").unlink(missing_ok=True)
+    p = pd.read_csv(copy / "predictions.csv")
+    p.assign(path="gone/" + p["path"]).to_csv(copy / "predictions.csv", index=False)
+    with pytest.raises(CourseError, match="no longer where they were"): shift.reference(copy)
+    (copy / "reference.npz").write_bytes(b"nothing")
+    with pytest.raises(CourseError, match="cannot be read"): shift.reference(copy)
+
+
+def test_trial_and_bars(store, tmp_path):
+    t = pd.concat([shift.trial(arm, store, {"here": store.using(store.frame.query("split == 'val'").reset_index(drop=True))}, tmp_path, (0,), SPEC, epochs=1, optimizer="adam") for arm in ("one", "two")])
+    rows = shift.bars(t, times=50).set_index("arm")
+    assert np.isnan(rows.loc["one", "gain"]) and rows.loc["two", "gain"] == pytest.approx(rows.loc["two", "value"] - rows.loc["one", "value"])
+    assert rows.loc["two", "value"] == pytest.approx(metrics.roc_auc_score(*(t.query("arm == 'two'")[c] for c in ("truth", "score"))))
