@@ -40,23 +40,23 @@ def contributions(
     p, n = frequencies(labels)
     return pd.DataFrame({"with it": p * positive, "without it": n * negative})
 
-# %% ../nbs/15_imbalance.ipynb #e033a098
+# %% ../nbs/15_imbalance.ipynb #a4c5d11a
 def plot_contributions(
-    before: pd.DataFrame, # from `contributions`; the index names the findings
-    after: pd.DataFrame, # the same with weights
+    parts: dict[str, pd.DataFrame], # title -> from `contributions`; the index names the findings
 ): # a matplotlib Figure
-    "Who contributes to the loss, before and after weighting."
+    "Who contributes to the loss, side by side under several weightings."
     import matplotlib.pyplot as plt
-    fig, axes = plt.subplots(1, 2, figsize=(8.5, .24 * len(before) + 1.1), sharey=True, layout="constrained")
-    rows = np.arange(len(before))
-    for ax, part, title in zip(axes, (before, after), ("every film counts one", "weighted")):
+    names = next(iter(parts.values())).index
+    fig, axes = plt.subplots(1, len(parts), figsize=(9, .22 * len(names) + 1.4), sharex=True, sharey=True, squeeze=False, layout="constrained")
+    for ax, (title, part) in zip(axes[0], parts.items()):
         for shift, colour, c in ((-.2, PALETTE[3], "with it"), (.2, PALETTE[0], "without it")):
-            ax.barh(rows + shift, part[c], height=.38, color=colour, label=f"films {c.replace(' it', '')} the finding")
-        ax.set(title=title, xlabel="share of the loss (a film's average surprise = 1)")
+            ax.barh(np.arange(len(names)) + shift, part[c], height=.38, color=colour, label=f"films {c.removesuffix(' it')} the finding")
+        ax.set_title(title, fontsize=10)
         ax.spines[["top", "right"]].set_visible(False)
-    axes[0].set_yticks(rows, before.index)
-    axes[0].invert_yaxis()
-    axes[1].legend(frameon=False, fontsize=8, loc="lower right")
+    axes[0, 0].set_yticks(np.arange(len(names)), names, fontsize=8)
+    axes[0, 0].invert_yaxis()
+    fig.supxlabel("contribution to the loss while every film surprises alike", fontsize=9)
+    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=2, frameon=False, fontsize=8)
     plt.close(fig)
     return fig
 
