@@ -198,6 +198,14 @@ def test_curves_begin_and_end_where_they_must(dense, films):
     assert np.allclose(deletion[:, -1], insertion[:, 0], atol=1e-6)
 
 
+def test_the_same_maps_as_tf_keras_vis(model, films):
+    pytest.importorskip("tf_keras_vis", reason="tf-keras-vis is not installed: pip install --no-deps tf-keras-vis deprecated imageio wrapt")
+    import bench_gradcam
+    theirs = bench_gradcam.peer(model, gradcam.logit(1))(films[..., None])
+    ours = np.maximum(raw("gradcam", model, films, gradcam.logit(1)), 0)
+    assert theirs.shape == ours.shape and np.allclose(theirs, ours, atol=1e-5 * ours.max())
+
+
 def test_backbones_of_chapter_14(films):
     transfer = pytest.importorskip("cxr_course.transfer")
     model = transfer.build("mobilenetv2", (64, 64, 1), 2)
@@ -212,7 +220,10 @@ def test_files(dense, films, tmp_path):
     found = list(gradcam.explain_files(dense, ["NORMAL", "PNEUMONIA"], paths, "PNEUMONIA"))
     assert len(found) == 2 and found[0]["heat"].shape == found[0]["film"].shape == (99, 141)
     out = gradcam.save_overlay(found[0], tmp_path / "out" / "a.png")
-    assert images.read(out).shape[1] > 300
+    assert out.read_bytes()[:4] == b'\x89PNG' and images.shape_of(out)[1] > 300
+    listed = gradcam.save_overlays(found + found[:1], tmp_path / "all")
+    assert listed["overlay"].nunique() == 3 and len(list((tmp_path / "all").iterdir())) == 4 and not listed["empty"].all()
+    with pytest.raises(CourseError, match="do not fit into one file"): gradcam.save_overlays(found, tmp_path / "two.png")
     with pytest.raises(CourseError, match="never overwritten"): gradcam.save_overlay(found[0], out)
     with pytest.raises(CourseError, match="it knows NORMAL, PNEUMONIA"): next(gradcam.explain_files(dense, ["NORMAL", "PNEUMONIA"], paths, "Mass"))
     (tmp_path / "bad.png").write_bytes(b"no picture")
