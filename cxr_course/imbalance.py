@@ -84,7 +84,7 @@ def weighted_loss(
     each = positive * y * np.log(p + eps) + negative * (1 - y) * np.log(1 - p + eps)
     return float(-each.mean(axis=0).sum())
 
-# %% ../nbs/15_imbalance.ipynb #ca7fe204
+# %% ../nbs/15_imbalance.ipynb #2f68137e
 @keras.saving.register_keras_serializable("cxr_course")
 class SigmoidLoss(keras.losses.Loss):
     "Weighted and focal loss for findings, or for two classes with one logit: from logits, mean over the known labels."
@@ -99,12 +99,10 @@ class SigmoidLoss(keras.losses.Loss):
         self.positive, self.negative = np.broadcast_arrays(np.atleast_1d(positive), np.atleast_1d(negative))
         self.gamma, self.true_odds = float(gamma), bool(true_odds)
         _refuse_weights(np.r_[self.positive, self.negative], gamma, true_odds)
-
     @classmethod
     def from_labels(cls, films, gamma: float = 0., even: bool = True, true_odds: bool = False) -> SigmoidLoss:
         "With the weights of `weights`, from a Store, a frame (its training rows) or an array of labels."
         return cls(*weights(frequencies(_truth(films))[0], even), gamma=gamma, true_odds=true_odds)
-
     def call(self, y, z):
         ops, k = keras.ops, len(self.positive)
         if z.shape[-1] != k and k > 1: raise CourseError(f"{z.shape[-1]} logits for {k} weights", None, "give one weight for each finding; for several classes use SoftmaxLoss")
@@ -117,14 +115,12 @@ class SigmoidLoss(keras.losses.Loss):
         each = self.positive.astype("float32") * y * missed * ops.exp(-self.gamma * alarm) + self.negative.astype("float32") * (1 - y) * alarm * ops.exp(-self.gamma * missed)
         share = ops.cast(ops.shape(y)[0], z.dtype) / ops.maximum(ops.sum(known), 1.)
         return ops.sum(known * each, axis=-1) * share
-
     def judge(self, y, z):
         "The plain loss after weights and focus were taken out of the logits: one measure for all, by which `training.fit` chooses the epoch."
         z = np.asarray(z, float)
         w = np.stack([np.broadcast_to(v, z.shape[-1:]) for v in (self.negative, self.positive)], axis=1)
         if not self.true_odds: z = np.concatenate([np.diff(_undo(expit(np.c_[-c, c]), v, self.gamma)) for c, v in zip(z.T, w)], axis=1)
         return training.cross_entropy(y, z)
-
     def get_config(self): return {**super().get_config(), "positive": self.positive.tolist(), "negative": self.negative.tolist(), "gamma": self.gamma, "true_odds": self.true_odds}
 
 # %% ../nbs/15_imbalance.ipynb #7b44eb6d
