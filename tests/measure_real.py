@@ -154,7 +154,7 @@ def phantom_only(root: Path) -> None:
             real = pd.DataFrame(cnn.probabilities(run.model.predict(store.array(), verbose=0), run.card["kind"] == "findings"), columns=[f"p_{c}" for c in names])
             rows.append(dict(real_films=words, number=len(test), size=f"{shape[0]} x {shape[1]}", taught=recipe, phantom_test=three(evaluation.auc_interval(truth(own), score(own), patients(own))),
                              real_test=three(evaluation.auc_interval(test["label"] == "PNEUMONIA", score(real), patients(test, "picture")))))
-    keep("phantom_only", "python tests/measure_real.py path/to/real/data phantom_only", rows)
+        keep("phantom_only", "python tests/measure_real.py path/to/real/data phantom_only", rows)      # what is done is done
 
 
 def borrowed(root: Path) -> None:
