@@ -282,7 +282,7 @@ def look(
     p = cnn.probabilities(np.concatenate(said), bool(core.findings(films)))
     return Look(np.concatenate(seen), p, patients(films, unknown).to_numpy(str), films["path"].to_numpy(str))
 
-# %% ../nbs/19_shift.ipynb #884806fc
+# %% ../nbs/19_shift.ipynb #d68ac5a0
 class Test(NamedTuple):
     "A difference, how often chance alone reaches it, and what the shuffles gave."
     value: float
@@ -293,7 +293,7 @@ def _units(old: Iterable, new: Iterable) -> tuple[np.ndarray, int, int]:
     "Averages by patient as a matrix (patients, films), old patients first; how many are old, how many new."
     codes, who = pd.factorize(np.r_[[f"old:{k}" for k in old], [f"new:{k}" for k in new]])
     n = len(set(old))
-    if min(n, len(who) - n) < 5: raise CourseError("too few patients to compare", f"{n} old, {len(who) - n} new", "bring at least five on each side; twenty or more find what matters")
+    if min(n, len(who) - n) < 4: raise CourseError("too few patients to compare", f"{n} old, {len(who) - n} new", "bring at least four on each side; twenty or more find what matters")
     mean = np.zeros((len(who), len(codes)))
     mean[codes, np.arange(len(codes))] = 1
     return mean / mean.sum(axis=1, keepdims=True), n, len(who) - n
@@ -362,7 +362,7 @@ def reference(
     with atomic(file) as part, open(part, "wb") as out: np.savez_compressed(out, **found._asdict())
     return found
 
-# %% ../nbs/19_shift.ipynb #94a59207
+# %% ../nbs/19_shift.ipynb #7ac57927
 def told_apart(
     old: Look, # what is known
     new: Look, # what arrived
@@ -380,7 +380,7 @@ def told_apart(
         names = sorted(set(who[y == side]))
         fold |= {names[j]: i % 5 for i, j in enumerate(rng(seed, "told_apart", side).permutation(len(names)))}
     at = np.array([fold[k] for k in who])
-    for f in range(5):
+    for f in np.unique(at):
         fitted = make_pipeline(StandardScaler(), LogisticRegression(C=.05, class_weight="balanced", max_iter=500)).fit(x[at != f], y[at != f])
         score[at == f] = rankdata(fitted.decision_function(x[at == f])) / (at == f).sum()
     return evaluation.auc_interval(y, score, who, method="percentile", times=300)

@@ -130,7 +130,13 @@ def test_every_patient_counts_once():
     once = shift.mmd(x, y, who, there, 19)
     assert shift.gap(np.r_[x, x[:1], x[:1]], y, [*who, who[0], who[0]], there, 19).value == pytest.approx(shift.gap(x, y, who, there, 19).value, abs=.02)
     assert once == (once.value, once.p, once.shuffled) and len(once.shuffled) == 19
-    with pytest.raises(CourseError, match="too few patients"): shift.mmd(x[:4], y, who[:4], there)
+    with pytest.raises(CourseError, match="too few patients"): shift.mmd(x[:3], y, who[:3], there)
+
+
+def test_four_patients_against_seven_are_enough():
+    (x, who), (y, there) = cloud(4), cloud(7, seed=1, shift=9.)
+    old, new = (shift.Look(f, np.c_[f[:, :1] * 0 + c, 1 - f[:, :1] * 0 - c], k, k) for f, k, c in ((x, who, .2), (y, there, .9)))
+    assert shift.compare(old, new).shift
 
 
 def test_monitor_end_to_end(run, store, films, tmp_path):
