@@ -45,7 +45,7 @@ def trained(place):
 def test_help_teaches():
     out, _ = cxr("--help")
     assert "cxr-course train" in out and "never for diagnosis" in out
-    for command in ("train", "evaluate", "predict", ("data", "show"), ("data", "check"), ("data", "phantom"), ("data", "list"), ("data", "explore"), ("data", "augment"), "experiments", "record"):
+    for command in ("train", "evaluate", "predict", ("data", "show"), ("data", "check"), ("data", "phantom"), ("data", "list"), ("data", "explore"), ("data", "augment"), "experiments", "record", "explain", "shift", "tune", "launch", ("data", "decode")):
         page, _ = cxr(*([command] if isinstance(command, str) else command), "--help")
         assert "Example" in page and "Usage: cxr-course" in page
 
@@ -194,7 +194,8 @@ MISTAKES = [
 def spoiled(place):
     "Copies of the world, each spoiled in one way."
     def copy(name): return shutil.copytree(place / "films", place / name, ignore=shutil.ignore_patterns("truth.csv"))
-    shutil.rmtree(copy("no_test") / "test")
+    no_test = copy("no_test")
+    for part in ("val", "test"): shutil.rmtree(no_test / part)
     one = copy("one_class")
     for part in one.glob("*/NORMAL"): shutil.rmtree(part)
     (place / "empty").mkdir()
@@ -242,6 +243,121 @@ def test_small_disk_and_debug(place, monkeypatch):
     assert told.exit_code == 2 and "disk is full" in told.output
 
 
+def test_explain_draws_where_a_run_looks(trained):
+    place, *_ = trained
+    film = sorted((place / "films/test").rglob("*.jpeg"))[0]
+    out, err = cxr("explain", "runs/first", film, "--finding", "PNEUMONIA", "--out", "overlay.png", cwd=place)
+    assert "PNEUMONIA, score" in out and "None of them is a diagnosis" in err and (place / "overlay.png").exists()
+    out, _ = cxr("explain", "runs/first", "films/test", "--out", "overlays", cwd=place)
+    films = list((place / "films/test").rglob("*.jpeg"))
+    assert len(out.splitlines()) == len(films) == len(list((place / "overlays").glob("*.png"))) and (place / "overlays/overlays.csv").exists()
+
+
+def test_explain_says_what_is_wrong(trained, monkeypatch):
+    "In this process, which has TensorFlow already."
+    from typer.testing import CliRunner
+
+    from cxr_course.cli import app
+    place, *_ = trained
+    monkeypatch.chdir(place)
+    film = sorted((place / "films/test").rglob("*.jpeg"))[0]
+    (place / "there.png").write_bytes(b"")
+    for words, says in [((film, "--finding", "Mass", "--out", "x.png"), "it knows NORMAL, PNEUMONIA"), ((film, "--out", "there.png"), "never overwritten"), (("films/test", "--out", "y.png"), "do not fit into one file"),
+                        (("there.png", "--out", "z.png"), "empty"), ((film, "--method", "magic", "--out", "z.png"), "gradcam")]:
+        told = CliRunner().invoke(app, ["explain", "runs/first", *map(str, words)])
+        assert told.exit_code == 2 and says in told.output and not any((place / n).exists() for n in ("x.png", "y.png", "z.png"))
+
+
+def test_the_methods_are_those_of_chapter_18():
+    from cxr_course import cli, gradcam
+    assert [m.value for m in cli.Map] == list(gradcam.METHODS)
+
+
+def test_shift_gives_a_verdict(trained):
+    place, *_ = trained
+    out, _ = cxr("shift", "runs/first", "--data", "films", cwd=place)                            # the run's own test films
+    assert "No shift was found" in out and (place / "runs/first/reference.npz").exists()
+    from PIL import Image, ImageOps
+    for p in sorted((place / "films/test").rglob("*.jpeg")):
+        q = place / "negatives" / p.name
+        q.parent.mkdir(exist_ok=True)
+        ImageOps.invert(Image.open(p).convert("L")).save(q)
+    out, _ = cxr("shift", "runs/first", "--data", "negatives", "--out", "verdict", code=1, cwd=place)
+    assert "A shift was found" in out and (place / "verdict/index.html").exists() and (place / "verdict/verdict.json").exists()
+    _, err = cxr("shift", "runs/first", "--data", "negatives", "--out", "verdict", code=2, cwd=place)
+    assert "never overwritten" in err
+    (place / "nothing").mkdir()
+    _, err = cxr("shift", "runs/first", "--data", "nothing", code=2, cwd=place)
+    assert "no picture" in err
+
+
+def test_tune_searches_resumes_and_trains_the_winner_once(place):
+    words = ("tune", "--data", "films", "--size", 36, "--space", "small", "--epochs", 1, "--method", "random", "--out", "runs/search")
+    out, _ = cxr(*words, "--trials", 2, cwd=place)
+    assert "the best of 2 trials" in out and "looks better than it is" in out and "left at most" in out and "val AUC" in out
+    for file in ("trials.csv", "parallel.png", "best/card.json", "best/report/report.html", "logs"): assert (place / "runs/search" / file).exists()
+    _, err = cxr(*words, "--trials", 3, cwd=place, code=2)
+    assert "--resume" in err
+    out, _ = cxr(*words, "--trials", 3, "--resume", cwd=place)
+    assert "the best of 3 trials" in out and "share of the variation" in out and "stays as it is" in out
+    _, err = cxr(*words, "--trials", 3, "--resume", "--batch", 8, cwd=place, code=2)
+    assert "another batch" in err
+
+
+def test_launch_is_train_by_two(place):
+    "Two workers give the run of one; smallnet has neither dropout nor batch normalisation."
+    import pandas as pd
+    words = ["--data", "films", "--size", 32, "--epochs", 1]
+    out, _ = cxr("launch", "--workers", 2, "train", *words, "--out", "runs/pair", cwd=place)
+    assert "cxr-course launch --hosts host1:7801,host2:7801 --here 1 train" in out and "Everything is in runs/pair" in out
+    cxr("train", *words, "--out", "runs/lone", cwd=place)
+    one, two = (pd.read_csv(place / "runs" / name / "history.csv") for name in ("lone", "pair"))
+    assert abs(one["loss"] - two["loss"]).max() < 1e-4 and abs(one["val_loss"] - two["val_loss"]).max() < 1e-3
+    assert not list((place / "runs").glob(".*"))
+
+
+def test_launch_refuses_in_words(place):
+    _, err = cxr("launch", "evaluate", "runs/first", cwd=place, code=2)
+    assert "cannot be launched" in err
+    _, err = cxr("launch", "train", "--data", "films", cwd=place, code=2)
+    assert "add --out" in err
+    _, err = cxr("launch", "--hosts", "a:7801,b:7801", "train", "--out", "runs/x", cwd=place, code=2)
+    assert "--here" in err
+    _, err = cxr("launch", "--workers", 2, "train", "--data", "nowhere", "--out", "runs/x", cwd=place, code=2)
+    assert "nowhere" in err
+
+
+def test_data_decode(place):
+    out, _ = cxr("data", "decode", "films", "--size", 16, "--shard", "0/2", cwd=place)
+    assert "shard 0/2 is done" in out
+    out, _ = cxr("data", "decode", "films", "--size", 16, cwd=place)
+    assert "films are in" in out
+    _, err = cxr("data", "decode", "films", "--shard", "first", cwd=place, code=2)
+    assert "not a shard" in err
+
+
+def test_a_backbone_with_a_file_of_weights(place):
+    (place / "page.h5").write_text("<!DOCTYPE html><html>Log in</html>")
+    words = ["train", "--data", "films", "--backbone", "vgg16", "--size", 32, "--epochs", 1]
+    for weights, told in (("page.h5", "web page"), ("none.h5", "no such file")):
+        _, err = cxr(*words, "--weights", weights, "--out", "runs/strange", cwd=place, code=2)
+        assert told in err and not (place / "runs/strange").exists()
+    _, err = cxr("train", "--data", "films", "--weights", "phantom", cwd=place, code=2)
+    assert "--backbone" in err
+
+
+def test_findings_are_chosen_by_name(place):
+    cxr("data", "phantom", "many", "--layout", "nih", "--patients", 60, "--pixels", 40, cwd=place)
+    out, _ = cxr("train", "--data", "many", "--findings", "Infiltration,Effusion", "--backbone", "compact", "--weights", "none.h5", "--fallback", "none", "--loss", "weighted", "--size", 32, "--epochs", 1, "--out", "runs/two findings", cwd=place)
+    card = json.loads((place / "runs/two findings/card.json").read_text())
+    assert set(card["labels"]) == {"Infiltration", "Effusion"} and "asked for none.h5, took none" in card["model"]["spec"]["note"] and "SigmoidLoss" in str(card["training"]["loss"])
+    assert "Too few patients to judge" in out
+    _, err = cxr("train", "--data", "many", "--findings", "Broken arm", cwd=place, code=2)
+    assert "Broken arm" in err and "Effusion" in err
+    _, err = cxr("train", "--data", "films", "--findings", "all", cwd=place, code=2)
+    assert "classes, and no findings" in err
+
+
 def test_real_kaggle_folder_is_arranged_by_patient(real_data):
     from cxr_course import cli, data, splits
     folder = real_data / "kaggle" / "chest_xray"
@@ -251,3 +367,14 @@ def test_real_kaggle_folder_is_arranged_by_patient(real_data):
     parts = dict(tuple(frame.groupby("split")))
     assert len(parts["test"]) == 601 and .13 < len(parts["val"]) / (len(frame) - 601) < .17
     assert not splits.leakage(parts["train"], parts["val"], unknown="picture")
+
+
+def test_real_nih_lists_share_patients(real_data):
+    from cxr_course import cli, core, data
+    folder = real_data / "nih"
+    if not folder.is_dir(): pytest.skip(f"no NIH pictures at {folder}")
+    frame, said = cli.arrange(data.load(folder))
+    assert len(core.findings(frame)) == 14 and "15 patients are in both lists" in said[0]
+    sides = [set(f["patient"]) for _, f in frame.groupby("split")]
+    assert len(sides) == 3 and not any(a & b for i, a in enumerate(sides) for b in sides[:i])
+    assert (frame["split"] == "test").sum() == 200
