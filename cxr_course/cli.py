@@ -18,8 +18,9 @@ from typer.core import TyperGroup
 
 # %% auto #0
 __all__ = ['app', 'data_app', 'NAME', 'CLASSES', 'RUN', 'data_list', 'data_show', 'data_check', 'data_explore', 'data_augment',
-           'Layout', 'data_phantom', 'arrange', 'Unknown', 'Recipe', 'train', 'evaluate', 'predict', 'experiments',
-           'record']
+           'data_decode', 'Layout', 'data_phantom', 'arrange', 'Unknown', 'Recipe', 'Loss', 'Fallback', 'train',
+           'evaluate', 'predict', 'Map', 'explain', 'shift', 'experiments', 'record', 'Method', 'Room', 'tune',
+           'launch']
 
 # %% ../nbs/24_cli.ipynb #31c563f9
 _AS_TYPED = {"skip_bad=True": "--skip-bad", "resume=True": "--resume", "unknown='picture'": "--unknown picture", "`check(frame)`": "'cxr-course data check'",
@@ -210,6 +211,31 @@ def data_augment(
     with core.atomic(out / "films.csv") as part: all_.assign(path=[str(Path(p).resolve()) for p in all_["path"]]).to_csv(part, index=False)
     typer.echo(f"{int(all_['meta_copy_of'].notna().sum())} copies of {int((frame['split'] == 'train').sum())} training films are in {out}\nnext: cxr-course train --data {out / 'films.csv'}")
 
+# %% ../nbs/24_cli.ipynb #dbcf0249
+@data_app.command("decode")
+def data_decode(
+    name: Annotated[str, NAME],
+    size: Annotated[str, typer.Option(metavar="PIXELS", help="Films are cropped and shrunk to this: 128, or HEIGHTxWIDTH.")] = "128",
+    workers: Annotated[int, typer.Option(min=1, max=256, help="Processes on this machine.")] = 2,
+    shard: Annotated[str | None, typer.Option(metavar="I/N", help="Do only this host's part of N, from 0/N; put nothing together.", show_default=False)] = None,
+    out: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Where the store goes.", show_default="the cache, where 'train' looks for it")] = None,
+    classes: Annotated[int | None, CLASSES] = None,
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Go on without films that cannot be read.")] = False,
+) -> None:
+    """Decode a large data set once, with several processes or hosts; a killed one goes on where it was.
+
+    \b
+    Examples
+      cxr-course data decode path/to/nih --size 224 --workers 8
+      cxr-course data decode path/to/nih --size 224 --shard 0/4      (on the first of four hosts that share a disk; then without --shard)
+    """
+    from cxr_course import scaling
+    from cxr_course.core import CourseError
+    parts = shard.split("/") if shard else None
+    if parts and not (len(parts) == 2 and all(p.isdecimal() for p in parts)): raise CourseError("not a shard", shard, "write I/N, for instance 0/4")
+    store = scaling.decode(_load(name, classes), _shape(size), out, workers, only=tuple(map(int, parts)) if parts else None, skip_bad=skip_bad)
+    typer.echo(f"shard {shard} is done; when all are, run it once without --shard" if store is None else f"{len(store):,} films are in {store.folder}")
+
 # %% ../nbs/24_cli.ipynb #f50e9d8a
 class Layout(str, Enum):
     "How files are named and sorted into folders."
@@ -242,7 +268,7 @@ def _refuse_existing(folder: Path) -> None:
     free = next(f for n in range(2, 10_000) if not (f := folder.with_name(f"{folder.name}-{n}")).exists())
     raise CourseError("it is there already and is never overwritten", folder, f"name another one, {free} for instance, or remove it yourself")
 
-# %% ../nbs/24_cli.ipynb #fabb7750
+# %% ../nbs/24_cli.ipynb #cb8b9941
 def arrange(
     frame, # a frame of films, with its makers' split or without
     seed: int = 0, # another seed, another cut
@@ -261,6 +287,7 @@ def arrange(
     if resplit or frame["split"].isna().all():
         said.append("all pictures were split anew by patient: 70 % train, 15 % val, 15 % test")
         frame = splits.split(frame, dict(train=.7, val=.15, test=.15), seed, unknown)
+    frame = _two_lists(frame, said, unknown)
     count = frame["split"].value_counts()
     if not count.get("test", 0): raise CourseError("the test set is empty", "split: " + ", ".join(f"{k} {n}" for k, n in count.items()), "fill the test folder, or add --resplit to cut train, val and test anew by patient")
     if not count.get("train", 0): raise CourseError("the training set is empty", None, "fill the train folder, or add --resplit to cut train, val and test anew by patient")
@@ -275,6 +302,18 @@ def arrange(
     splits.refuse_leakage(frame, unknown=unknown)
     return frame, said
 
+# %% ../nbs/24_cli.ipynb #5e7c329c
+def _two_lists(frame, said: list[str], unknown: str):
+    "Makers who name films to learn from and films held out, and no third kind: what they held out is the test."
+    from cxr_course.core import patients
+    count = frame["split"].value_counts()
+    if count.get("test", 0) or count.get("val", 0) < .1 * count.get("train", 0): return frame
+    frame = frame.assign(split=frame["split"].replace({"val": "test"}))
+    who = patients(frame, unknown)
+    again = (frame["split"] == "train") & who.isin(set(who[frame["split"] == "test"]))
+    said.append(f"its makers name two lists only: the second, of {count['val']:,} pictures, is the test" + (f"; {again.sum():,} training pictures are left out, since their {who[again].nunique()} patients are in both lists" if again.any() else ""))
+    return frame[~again].reset_index(drop=True)
+
 # %% ../nbs/24_cli.ipynb #e1d2b6fd
 def _refuse_one_class(frame, where: str) -> None:
     from cxr_course.core import CourseError, classes
@@ -283,7 +322,13 @@ def _refuse_one_class(frame, where: str) -> None:
     if len(shown) < 2 and "label" in frame or not shown:
         raise CourseError(f"{where} holds one class only" if shown else f"{where} shows nothing", ", ".join(f"{c} {n}" for c, n in truth.items()), "a network learns from differences: add pictures of another class")
 
-# %% ../nbs/24_cli.ipynb #ee1c65d0
+# %% ../nbs/24_cli.ipynb #07436e37
+def _refuse_weights_alone(backbone: str | None, weights: str, fallback) -> None:
+    "Weights belong to a backbone, and a file of them must be there before a film is decoded."
+    from cxr_course.core import CourseError
+    if backbone is None and (weights != "none" or fallback is not None): raise CourseError("weights belong to a backbone, and none is named", weights, "add --backbone, for instance --backbone vgg16")
+    if weights not in ("none", "phantom", "imagenet") and fallback is None and not Path(weights).is_file(): raise CourseError("there is no such file of weights", weights, "check the name, or give one of none, phantom, imagenet; --fallback says what to take instead")
+
 def _shape(text: str) -> tuple[int, int]:
     "'128' or '129x180' (height x width) as (h, w)."
     from cxr_course.core import CourseError
@@ -332,7 +377,7 @@ def _start_tensorflow() -> None:
             os.dup2(kept, 2)
             os.close(kept)
 
-# %% ../nbs/24_cli.ipynb #aa485a9c
+# %% ../nbs/24_cli.ipynb #a7a79b41
 class Unknown(str, Enum):
     "What a film without patient is taken for."
     picture, refuse = "picture", "refuse"
@@ -341,36 +386,73 @@ class Recipe(str, Enum):
     "How to train."
     plain, strong = "plain", "strong"
 
+class Loss(str, Enum):
+    "What a mistake costs."
+    plain, weighted, focal = "plain", "weighted", "focal"
+
+class Fallback(str, Enum):
+    "What to do without the weights that were asked for."
+    phantom, none = "phantom", "none"
+
 RUN = typer.Argument(metavar="RUN", help="A folder that 'cxr-course train' made.")
 
-def _films(data: str, classes: int | None, seed: int, unknown: str, resplit: bool, skip_bad: bool, shape: tuple[int, int]):
+def _films(data: str, classes: int | None, seed: int, unknown: str, resplit: bool, skip_bad: bool, shape: tuple[int, int], findings: str | None = None):
     "The films to train, validate and test with; refuses what cannot go well, and says what it decided."
-    frame, said = arrange(_load(data, classes), seed, unknown, resplit)
+    frame, said = arrange(_choose(_load(data, classes), findings), seed, unknown, resplit)
     _refuse_bad(frame, skip_bad)
     _refuse_small_disk(len(frame), shape)
     frame = _without_twins(frame, said)
     typer.echo("\n".join([f"{data}: {len(frame):,} pictures", *(f"  {s}" for s in said), repr(_counts(frame)), ""]))
     return frame
 
-# %% ../nbs/24_cli.ipynb #ad315300
+# %% ../nbs/24_cli.ipynb #23a2fcf4
+#| export
+
+# %% ../nbs/24_cli.ipynb #e908d85f
+def _choose(frame, findings: str | None):
+    "The frame with the findings that were asked for, in the order of the data set."
+    from cxr_course import core
+    if findings is None: return frame
+    known = core.findings(frame)
+    if not known: raise core.CourseError("this data set has classes, and no findings", ", ".join(core.classes(frame)), "leave --findings out; --classes chooses between two and three classes")
+    asked = known if findings == "all" else [f.strip() for f in findings.split(",")]
+    if strange := [f for f in asked if f not in known]: raise core.CourseError(f"no finding is named {', '.join(strange)}", None, f"'all', or some of {', '.join(known)}, with commas between")
+    return frame.drop(columns=[f for f in known if f not in asked])
+
 def _recipe(recipe: Recipe, lr: float | None, patience: int, seed: int) -> dict:
     "The options of `training.fit` that a recipe stands for."
     from cxr_course import augmentation, training
     chosen = training.RECIPE | dict(augment=augmentation.Augment(seed=seed)) if recipe == Recipe.strong else dict(lr=1e-3, patience=patience)
     return chosen | ({} if lr is None else dict(lr=lr))
 
-def _fit(frame, shape: tuple[int, int], out: Path, model: str, skip_bad: bool, options: dict):
+def _fit(frame, shape: tuple[int, int], out: Path, model: str, skip_bad: bool, options: dict, loss: str = "plain", borrow: dict | None = None):
     "Decode, train, and finish the run folder as a bundle."
-    from cxr_course import cnn, core, mlp, pipelines, prediction, training
-    if model not in (known := {**mlp.SPECS, **cnn.SPECS}): raise core.CourseError(f"there is no model named {model!r}", None, f"choose one of {', '.join(known)}")
-    names = core.classes(frame)
-    network = (mlp if model in mlp.SPECS else cnn).build(model, (*shape, 1), 1 if len(names) == 2 and "label" in frame else len(names), options["seed"])
+    from cxr_course import imbalance, pipelines, prediction, scaling, shift, training, transfer
+    network = None if borrow else _network(frame, shape, model, options["seed"])
     store = pipelines.build(frame, shape, skip_bad=skip_bad)
     for line in store.skipped.get("error", ()): typer.echo(f"skipped: {line}")
-    training.fit(network, store, run=out, **options)
+    if loss != "plain": options = options | dict(loss=imbalance.loss_for(store, loss, true_odds=True), smoothing=0.)
+    if borrow: transfer.train(model, store, out, **borrow, **options)
+    else: training.fit(network, store, run=out, **options)
+    if not scaling.leave(options["strategy"]): raise typer.Exit()           # of several processes the first finishes the folder
     prediction.finish(out, store)
     _remember(store, out)
+    shift.reference(out, store)                                             # what 'shift' will compare with
     return training.load_run(out)                                           # with the card as it is now
+
+# %% ../nbs/24_cli.ipynb #c79f5783
+def _network(frame, shape: tuple[int, int], model: str, seed: int):
+    "A network by name, with an output for each class or finding."
+    from cxr_course import cnn, core, mlp
+    if model not in (known := {**mlp.SPECS, **cnn.SPECS}): raise core.CourseError(f"there is no model named {model!r}", None, f"choose one of {', '.join(known)}")
+    names = core.classes(frame)
+    return (mlp if model in mlp.SPECS else cnn).build(model, (*shape, 1), 1 if len(names) == 2 and "label" in frame else len(names), seed)
+
+def _team():
+    "Those that 'launch' gave this process to train with; before anything of TensorFlow is used."
+    if not os.environ.get("CXR_COURSE_TEAM"): return None
+    from cxr_course import scaling
+    return scaling.strategy_from_environment()
 
 def _done(run, out: Path) -> None:
     "The report on the test films; exit code 130 if the training was cut short."
@@ -378,12 +460,17 @@ def _done(run, out: Path) -> None:
     typer.echo(f"\nEverything is in {out}; the page to read is {out / 'report' / 'report.html'}\nnext: cxr-course predict {out} FILE")
     if run.card["interrupted"]: raise typer.Exit(130)
 
-# %% ../nbs/24_cli.ipynb #83f7a6fa
+# %% ../nbs/24_cli.ipynb #f4d029c9
 @app.command(short_help="Train a network on a data set, and report.")
 def train(
     data: Annotated[str, typer.Option(metavar="NAME|FOLDER", help="'sample' (simulated films), 'sample-nih', 'sample-covid', or a folder, .csv or .npz of your own.")] = "sample",
     model: Annotated[str, typer.Option(metavar="NAME", help="A network of chapters 10 and 11: mlp, mlp_d1, mlp_d2, mlp_cured; smallnet, cnn, wide, a1 to a8, separable.")] = "smallnet",
+    backbone: Annotated[str | None, typer.Option(metavar="NAME", help="Instead of --model, a network of chapter 14: vgg16, vgg19, resnet50, densenet121, efficientnetb0, mobilenetv2, compact.", show_default=False)] = None,
+    weights: Annotated[str, typer.Option(metavar="FILE|NAME", help="What the backbone has learned elsewhere: none, imagenet (downloads once), phantom (taught here, once), or a file of weights.")] = "none",
+    fallback: Annotated[Fallback | None, typer.Option(help="What to take if these weights cannot be had.", show_default="stop and say so")] = None,
     out: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Where the run goes; never overwritten.", show_default="runs/DATA-MODEL")] = None,
+    findings: Annotated[str | None, typer.Option(metavar="all|A,B", help="Which findings to learn, where a film can have several.", show_default="all")] = None,
+    loss: Annotated[Loss, typer.Option(help="plain: every mistake costs alike. weighted: rare findings and classes cost more. focal: easy films cost less (chapter 15).")] = Loss.plain,
     size: Annotated[str, typer.Option(metavar="PIXELS", help="Films are cropped and shrunk to this: 128, or HEIGHTxWIDTH.")] = "128",
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the training films, at most.")] = 20,
     patience: Annotated[int, typer.Option(min=1, help="Stop after so many epochs without progress on validation.")] = 5,
@@ -407,16 +494,22 @@ def train(
       cxr-course train --data path/to/chest_xray --out runs/kaggle
       cxr-course train --data path/to/chest_xray --model separable --recipe strong
       cxr-course train --data path/to/chest_xray --classes 3 --model a5 --size 129x180
+      cxr-course train --data path/to/chest_xray --backbone compact --weights phantom
+      cxr-course train --data path/to/nih --findings all --backbone densenet121 --loss weighted --size 64
     """
-    out = out or Path("runs", f"{Path(data).stem or 'data'}-{model}")
+    _refuse_weights_alone(backbone, weights, fallback)
+    out = out or Path("runs", f"{Path(data).stem or 'data'}-{backbone or model}")
     if out.exists(): _refuse_existing(out)
     shape, strict = _shape(size), "raise" if unknown == Unknown.refuse else "picture"
-    frame = _films(data, classes, seed, strict, resplit, skip_bad, shape)
+    strategy = _team()
+    frame = _films(data, classes, seed, strict, resplit, skip_bad, shape, findings)
     _start_tensorflow()
-    run = _fit(frame, shape, out, model, skip_bad, dict(epochs=epochs, batch=batch, seed=seed, unknown=strict, resume=resume, name=model) | _recipe(recipe, lr, patience, seed))
+    options = dict(epochs=epochs, batch=batch, seed=seed, unknown=strict, resume=resume, strategy=strategy) | _recipe(recipe, lr, patience, seed)
+    if backbone and lr is None and (recipe == Recipe.plain or backbone.startswith("vgg")): del options["lr"]         # each backbone has its own
+    run = _fit(frame, shape, out, backbone or model, skip_bad, options | dict(name=backbone or model), loss.value, dict(weights=weights, fallback=fallback and fallback.value) if backbone else None)
     _done(run, out)
 
-# %% ../nbs/24_cli.ipynb #25503a27
+# %% ../nbs/24_cli.ipynb #1b5156e1
 def _fingerprints(store):
     "The films of a store with the SHA-256 of each file."
     import pandas as pd
@@ -445,9 +538,18 @@ def _tell(run, predictions, folder: Path) -> None:
     report = evaluation.report(predictions, cut, run.card["data"]["unknown_patients"], title=f"How well does {run.folder.name} read?",
                                model=f"{run.card['model']['name']} (best of {t['epochs_run']} epochs: {t['best_epoch']})")
     report.sections += [("How it was trained", evaluation.embed(training.plot_history(run), "training curves")), ("Model card", prediction.card(prediction.Bundle(run.folder, None, run.card), "html"))]
+    said = _verdicts(report, predictions, run.card["data"]["unknown_patients"]) if run.card["kind"] == "findings" else ""
     decisions.complete(report, _facts(run)).save(folder)
-    typer.echo(f"\n{report!r}")
+    typer.echo(f"\n{report!r}{said}")
     if report.confusion is not None: typer.echo("\n" + repr(table(report.confusion.reset_index().rename(columns={"truth": "truth, then called:"}))))
+
+def _verdicts(report, predictions, unknown: str) -> str:
+    "Which findings the test films can judge at all: a section of the page, and a sentence."
+    from cxr_course import evaluation, imbalance
+    verdicts = imbalance.judged(predictions, unknown)
+    report.sections.insert(0, ("Each finding by itself", evaluation.embed(imbalance.plot_rocs(predictions, verdicts, unknown), "ROC curves of the findings")))
+    rare = verdicts[verdicts["value"].isna()]
+    return f"\nToo few patients to judge: {', '.join(f'{name} ({n})' for name, n in rare['patients'].items())}; whatever the table says of them, believe nothing." if len(rare) else ""
 
 # %% ../nbs/24_cli.ipynb #5846bff3
 @app.command(short_help="Report how good a run is, here or elsewhere.")
@@ -529,6 +631,69 @@ def predict(
     for path, why in scored.attrs["bad"]: typer.echo(f"not read: {path}: {why}", err=True)
     if scored.attrs["bad"] and not skip_bad: raise typer.Exit(2)
 
+# %% ../nbs/24_cli.ipynb #ef7168c0
+class Map(str, Enum):
+    "How a map is made (chapter 18)."
+    cam, gradcam, gradcam_plus, hirescam, ablation, scorecam, alone, occlusion, integrated, slope = "cam", "gradcam", "gradcam++", "hirescam", "ablation", "scorecam", "alone", "occlusion", "integrated", "slope"
+
+# %% ../nbs/24_cli.ipynb #6846b53f
+@app.command(short_help="Draw where a run looks on a film.")
+def explain(
+    run: Annotated[Path, RUN],
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Pictures, folders or patterns: PNG, JPEG, TIFF, DICOM, NIfTI, of any size.")],
+    out: Annotated[Path, typer.Option(metavar="FILE.png|FOLDER", help="Where to: a .png for one picture, a folder for several; never overwritten.")],
+    finding: Annotated[str | None, typer.Option(metavar="NAME", help="What to look for.", show_default="the run's own answer, picture by picture")] = None,
+    against: Annotated[str | None, typer.Option(metavar="NAME", help="Hold it against this class, NORMAL for instance; for runs of three classes and more.", show_default=False)] = None,
+    method: Annotated[Map, typer.Option(help="Which kind of map.")] = Map.gradcam,
+) -> None:
+    """Show where on a film a trained run finds its evidence. A map is not a diagnosis, and a bright spot is not a finding.
+
+    \b
+    Examples
+      cxr-course explain runs/kaggle film.png --finding PNEUMONIA --out overlay.png
+      cxr-course explain runs/kaggle archive/ --method occlusion --out overlays
+    """
+    if out.exists(): _refuse_existing(out)
+    _start_tensorflow()
+    from cxr_course import core, gradcam, prediction
+    bundle, paths = prediction.load_bundle(run), prediction.expand(images)
+    if out.suffix.lower() == ".png" and len(paths) > 1: raise core.CourseError(f"{len(paths)} pictures do not fit into one file", out, "name a folder with --out")
+    found = core.progress(gradcam.explain_files(bundle.model, bundle.classes, paths, finding, method.value, against, bundle.findings), "explaining", len(paths))
+    for r in gradcam.save_overlays(found, out, method.value).to_dict("records"):
+        typer.echo(f"{r['picture']}: {r['finding']}, score {r['probability']:.3f}{', nothing on the film speaks for it' if r['empty'] else ''} -> {r['overlay']}")
+    typer.echo("Maps of a model made for teaching. None of them is a diagnosis.", err=True)
+
+# %% ../nbs/24_cli.ipynb #845e9f93
+def _announce(verdict, out: Path | None) -> None:
+    "Print a verdict, save it if asked, and end with 1 if there is a shift."
+    typer.echo(repr(verdict))
+    if out: typer.echo(f"\nThe page to read is {verdict.save(out) / 'index.html'}")
+    if verdict.shift: raise typer.Exit(1)
+
+# %% ../nbs/24_cli.ipynb #4f052030
+@app.command(short_help="Have the films changed since a run was checked?")
+def shift(
+    run: Annotated[Path, RUN],
+    data: Annotated[Path, typer.Option(metavar="FOLDER", help="Films that arrived: a data set of any layout, or any folder of pictures. Labels are not needed and not used.")],
+    out: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Also save the verdict as a page, a figure and tables; never overwritten.")] = None,
+    level: Annotated[float, typer.Option(min=.001, max=.5, help="Share of false alarms to put up with.")] = .05,
+    limit: Annotated[int, typer.Option(min=10, help="Patients of each side that are compared, drawn by lot.")] = 500,
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Go on without files that cannot be read.")] = False,
+) -> None:
+    """Compare new films with those a run was checked with, without any label. Exit code 0: no shift found; 1: a shift was found; 2: it could not be told.
+
+    Patients are shuffled, so films of one patient do not count as independent. No shift found is no proof that there is none.
+
+    \b
+    Examples
+      cxr-course shift runs/kaggle --data path/to/new_films
+      cxr-course shift runs/kaggle --data path/to/new_films --out verdict || echo "look at the films"
+    """
+    if out is not None and out.exists(): _refuse_existing(out)
+    _start_tensorflow()
+    from cxr_course import shift as shifts
+    _announce(shifts.monitor(run, data, level, limit=limit, skip_bad=skip_bad), out)
+
 # %% ../nbs/24_cli.ipynb #d6f5ee78
 @app.command(short_help="Run system A's eight models, one change each.")
 def experiments(
@@ -586,6 +751,120 @@ def record(
     from cxr_course import experiments as lab
     lab.record(runs, out, data, command)
     typer.echo(repr(core.table(lab.recorded(out.parent))))
+
+# %% ../nbs/24_cli.ipynb #7908220e
+class Method(str, Enum):
+    "How to choose what is tried next."
+    random, hyperband, bayesian = "random", "hyperband", "bayesian"
+
+class Room(str, Enum):
+    "From how large a space to choose."
+    system_e, small = "system-e", "small"
+
+@app.command(short_help="Search for a better network within a budget.")
+def tune(
+    data: Annotated[str, typer.Option(metavar="NAME|FOLDER", help="'sample' (simulated films), 'sample-nih', 'sample-covid', or a folder, .csv or .npz of your own.")] = "sample",
+    method: Annotated[Method, typer.Option(help="random: by lot. hyperband: many for a short time, the better ones longer. bayesian: where earlier trials promise most.")] = Method.bayesian,
+    trials: Annotated[int, typer.Option(min=1, help="Networks to try; hyperband spends the same epochs on more and shorter trials.")] = 20,
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the training films for one network, at most.")] = 9,
+    minutes: Annotated[float | None, typer.Option(min=.1, help="No trial starts after so long; earlier sittings count.", show_default="no limit")] = None,
+    out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the search goes.")] = Path("runs/search"),
+    size: Annotated[str, typer.Option(metavar="PIXELS", help="Films are cropped and shrunk to this: 64, or HEIGHTxWIDTH. System E: 180.")] = "64",
+    space: Annotated[Room, typer.Option(help="system-e: 32 to 256 filters. small: a quarter of them, for a laptop.")] = Room.system_e,
+    executions: Annotated[int, typer.Option(min=1, help="Trainings of each network with different seeds; their mean counts.")] = 1,
+    folds: Annotated[int | None, typer.Option(min=2, help="Judge on so many folds by patient instead of on val.", show_default="val")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Films a step.")] = 32,
+    seed: Annotated[int, typer.Option(help="Same seed, same search.")] = 0,
+    classes: Annotated[int | None, CLASSES] = None,
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Go on without files that cannot be read; they are listed.")] = False,
+    unknown: Annotated[Unknown, typer.Option(help="Films without a patient: take each examination or picture for a patient, or refuse.")] = Unknown.picture,
+    resplit: Annotated[bool, typer.Option("--resplit", help="Forget the data set's own train, val and test; cut anew by patient.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue a search that was killed, or give it more trials or minutes.")] = False,
+) -> None:
+    """Search for a better network, say what the search is worth, and train the winner.
+
+    Validation films choose; the test films judge the winner once, at the end. A trial that fails is recorded and passed over.
+
+    \b
+    Examples
+      cxr-course tune --method random --trials 12 --space small
+      cxr-course tune --data path/to/chest_xray --method bayesian --trials 20 --minutes 240 --out runs/search
+      cxr-course tune --data path/to/chest_xray --method bayesian --trials 20 --minutes 240 --out runs/search --resume
+    """
+    if (out / "plan.json").exists() and not resume: _refuse_search(out)
+    shape, strict = _shape(size), "raise" if unknown == Unknown.refuse else "picture"
+    frame = _films(data, classes, seed, strict, resplit, skip_bad, shape)
+    _start_tensorflow()
+    from cxr_course import pipelines, tuning
+    store = pipelines.build(frame, shape, skip_bad=skip_bad)
+    options = dict(trials=trials, epochs=epochs, minutes=minutes, executions=executions, folds=folds, seed=seed, batch=batch, unknown=strict, resume=resume)
+    try: found = tuning.search(method.value, store, out, space=tuning.SMALL if space == Room.small else tuning.SYSTEM_E, **options)
+    except KeyboardInterrupt:
+        typer.echo("\nstopped by Ctrl-C; finished trials are kept: add --resume to go on", err=True)
+        raise typer.Exit(130) from None
+    _tell_search(found, out)
+    _train_winner(store, out, seed, skip_bad)
+
+# %% ../nbs/24_cli.ipynb #c4f6bc37
+def _refuse_search(out: Path) -> None:
+    from cxr_course.core import CourseError
+    raise CourseError("a search lies here already", out, "add --resume to continue it, or name another folder")
+
+def _tell_search(found, out: Path) -> None:
+    "The best trials, what mattered, and what the winner's figure is worth; the same as files."
+    from cxr_course import core, tuning
+    with core.atomic(out / "trials.csv") as part: found.to_csv(part, index=False)
+    shown = found.sort_values("score", ascending=False).drop(columns=["runs", "asked", "of"]).head(10)
+    typer.echo("\n" + repr(core.table(shown.assign(lr=shown["lr"].map("{:.1e}".format)), f"the best of {len(found)} trials")))
+    figures = {"parallel": tuning.plot_parallel(found)}
+    if (found[found["status"] == "done"]["asked"] == found["asked"].max()).sum() >= 3:
+        shares = tuning.importance(found)
+        typer.echo("\n" + repr(core.table(shares, "share of the variation between trials; what is no longer than the die's says nothing", digits=2)))
+        figures["importance"] = tuning.plot_importance(shares)
+    for name, figure in figures.items():
+        with core.atomic(out / f"{name}.png") as part: figure.savefig(part, dpi=120, format="png")
+    typer.echo(f"\n{tuning.caution(out)}\nTensorBoard's page of hyperparameters: tensorboard --logdir {out / 'logs'}")
+
+# %% ../nbs/24_cli.ipynb #7423a3af
+def _train_winner(store, out: Path, seed: int, skip_bad: bool) -> None:
+    "The winner as an ordinary run under OUT/best, unless it is there."
+    from cxr_course import prediction, training, tuning
+    run, won = out / "best", tuning.spec_of(tuning.best(tuning.trials(out)))
+    if run.exists():
+        conv = training.load_run(run).card["model"]["spec"]["conv"]
+        typer.echo(f"\n{run} is there already and stays as it is" + ("" if conv == list(won.conv) else "; it was trained from an earlier winner: rename it and repeat the command to train the present one"))
+        return
+    tuning.retrain(out, store, run, seed=seed + 1000, resume=run.with_name(f".{run.name}.partial").exists())
+    prediction.finish(run, store)
+    _remember(store, run)
+    _done(training.load_run(run), run)
+
+# %% ../nbs/24_cli.ipynb #4c19d867
+@app.command(short_help="Train on several processes or machines; survives the death of one.", context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
+def launch(
+    words: Annotated[list[str], typer.Argument(metavar="train ...", help="The training command with its options; it needs --out.")],
+    workers: Annotated[int, typer.Option(min=2, max=64, help="Processes on this machine.")] = 2,
+    hosts: Annotated[str | None, typer.Option(metavar="NAME:PORT,...", help="Machines instead, the one that writes first; each needs this port and the next.", show_default=False)] = None,
+    here: Annotated[int | None, typer.Option(min=0, help="Which of the hosts this machine is, from 0.", show_default=False)] = None,
+    wait: Annotated[float, typer.Option(min=.1, help="Seconds to wait for the others.")] = 60.,
+    restarts: Annotated[int, typer.Option(min=0, help="How often to start again after a worker died.")] = 3,
+) -> None:
+    """Train on several processes or machines, and go on from the last epoch when one of them dies.
+
+    The result is the run of one process. Unequal code or films, a taken port or a machine that does not come are told within seconds.
+
+    \b
+    Examples
+      cxr-course launch --workers 2 train --data path/to/chest_xray --out runs/large
+      cxr-course launch --hosts node1:7801,node2:7801 --here 0 train --out runs/large     (on node1)
+      cxr-course launch --hosts node1:7801,node2:7801 --here 1 train --out runs/large     (on node2)
+    """
+    from cxr_course import scaling
+    from cxr_course.core import CourseError
+    if words[0] != "train": raise CourseError(f"{words[0]!r} cannot be launched", None, "only 'train' can")
+    names = hosts.split(",") if hosts else []
+    if not names: typer.echo("\n".join(["On machines of your own the same would be:", *(f"  {line}" for line in scaling.commands(words, [f"host{i + 1}:7801" for i in range(workers)])), ""]))
+    if code := scaling.launch(words, workers, names, here, restarts, wait, say=typer.echo): raise typer.Exit(code)
 
 # %% ../nbs/24_cli.ipynb #fa31fa39
 if __name__ == "__main__" and "__file__" in globals(): app(prog_name="cxr-course")

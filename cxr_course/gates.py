@@ -315,7 +315,14 @@ def layout(
             if found := MACHINE.search(cell["source"] + "\n" + shown): faults.append(f"{at}, cell {i}: names {found[0]}, a folder of one machine; use a folder that every reader has")
     return faults
 
-# %% ../nbs/91_gates.ipynb #02f5f7d9
+# %% ../nbs/91_gates.ipynb #7a79bfa7
+def _is_command(f) -> bool: return any(".command" in ast.unparse(d) for d in f.decorator_list)
+
+def _help_page(f) -> int: return f.body[1].lineno - f.lineno - 1 if _is_command(f) and len(f.body) > 1 else 0   # lines of signature and docstring, but one
+
+def _functions(tree) -> list: return [n for n in ast.walk(tree) if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef))]
+
+# %% ../nbs/91_gates.ipynb #4b3c1b68
 def code_style(
     root: str | Path, # the repository
 ) -> list[str]: # faults
@@ -326,18 +333,17 @@ def code_style(
         trees = [(i, source, told, ast.parse(re.sub(r"^(\s*)[%!].*$", r"\1pass", source, flags=re.M))) for i, source, told in code]
         used = {getattr(n, "id", getattr(n, "attr", None)) for _, _, told, tree in trees if "export" not in told and "exporti" not in told for n in ast.walk(tree)}
         for i, source, told, tree in trees:
-            at, lines = f"nbs/{c.path.name}, cell {i}", len(source.splitlines())
+            at, lines = f"nbs/{c.path.name}, cell {i}", len(source.splitlines()) - sum(map(_help_page, _functions(tree)))
             ours, brought = "export" in told or "exporti" in told, [n for n in tree.body if isinstance(n, (ast.Import, ast.ImportFrom))]
             if lines > LONGEST["cell"]: faults.append(f"{at}: {lines} lines; split it (at most {LONGEST['cell']})")
             froms = [n for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)]
             if any(n.names[0].name == "*" for n in froms): faults.append(f"{at}: a star import; name what you need")
             if any(n.level for n in froms): faults.append(f"{at}: a relative import; write `from cxr_course.module import name`, which works in a notebook too")
             if ours and brought and len(brought) < len(tree.body): faults.append(f"{at}: imports and work in one exported cell; give the imports a cell of their own")
-            for f in (n for n in ast.walk(tree) if ours and isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef))):
-                if (long := f.end_lineno - f.lineno + 1) > LONGEST["function"]: faults.append(f"{at}: {f.name} has {long} lines; find the piece that deserves a name of its own (at most {LONGEST['function']})")
+            for f in _functions(tree) if ours else ():
+                if (long := f.end_lineno - f.lineno + 1 - _help_page(f)) > LONGEST["function"]: faults.append(f"{at}: {f.name} has {long} lines; find the piece that deserves a name of its own (at most {LONGEST['function']})")
             for n in (n for n in tree.body if "export" in told and isinstance(n, ast.FunctionDef)):
-                command = any(".command" in ast.unparse(d) for d in n.decorator_list)   # a terminal's command is called by its name there
-                if not n.name.startswith("_") and not command and n.name not in used: faults.append(f"{at}: {n.name} is exported and never shown at work; use it in a cell below, or begin its name with an underscore")
+                if not n.name.startswith("_") and not _is_command(n) and n.name not in used: faults.append(f"{at}: {n.name} is exported and never shown at work; use it in a cell below, or begin its name with an underscore")
     return faults
 
 # %% ../nbs/91_gates.ipynb #544c7dee

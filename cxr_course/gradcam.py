@@ -454,24 +454,25 @@ def sanity(
     for layer, twin in cascade(model, seed): rows[layer] = {name: float(agreement(intact[name], maps(twin, films, target, m)).mean()) for name, m in methods.items()}
     return pd.DataFrame(rows).T.rename_axis(index="forgotten down to")
 
-# %% ../nbs/18_gradcam.ipynb #c4f37c66
+# %% ../nbs/18_gradcam.ipynb #bd600981
 def curves(
     model, # a model that gives logits
     films: np.ndarray, # (n, h, w) in [0, 1]
     heat: np.ndarray, # (n, h, w) maps: which pixels go first
     target: Callable, # of logits, gives (n,); usually `probability(...)`
+    instead: np.ndarray | None = None, # (h, w) or (n, h, w) what shows where a pixel is gone; default: the film itself, blurred
     steps: int = 16, # equal portions of the pixels
     batch: int = 64, # films at a time
 ) -> tuple[np.ndarray, np.ndarray]: # deletion and insertion, each (n, steps + 1): the target after each portion
-    "Blur the most important pixels first and watch the target fall; put them first into a blurred film and watch it rise."
+    "Take the most important pixels away first and watch the target fall; bring them back first and watch it rise."
     sharp = _films(model, films)
-    blurred = np.stack([ndimage.gaussian_filter(f[..., 0], f.shape[0] / 8)[..., None] for f in sharp])
+    gone = np.stack([ndimage.gaussian_filter(f[..., 0], f.shape[0] / 8)[..., None] for f in sharp]) if instead is None else np.broadcast_to(instead, films.shape)[..., None]
     ties = np.stack([rng(i, "gradcam.curves").random(h.shape) for i, h in enumerate(heat)])
     order = np.lexsort((ties.reshape(len(ties), -1), -heat.reshape(len(heat), -1)), axis=1)
     place = np.argsort(order, axis=1).reshape(*heat.shape, 1) / order.shape[1]          # 0: most important
     def after(first, then, share): return np.concatenate([target(model(np.where(place[i:i + batch] < share, then[i:i + batch], first[i:i + batch]), training=False)).numpy() for i in range(0, len(films), batch)])
     shares = np.linspace(0, 1, steps + 1)
-    return tuple(np.stack([after(a, b, s) for s in shares], 1) for a, b in ((sharp, blurred), (blurred, sharp)))
+    return tuple(np.stack([after(a, b, s) for s in shares], 1) for a, b in ((sharp, gone), (gone, sharp)))
 
 # %% ../nbs/18_gradcam.ipynb #777e35a8
 def captions(
@@ -494,7 +495,7 @@ def by_class(
     heat = [maps(model, film, named(c, labels, model.output_shape[-1]), method)[0] for c in labels]
     return show([film] * (len(labels) + 1), [None, *heat], ["film", *(f"for {c}" for c in labels)], len(labels) + 1)
 
-# %% ../nbs/18_gradcam.ipynb #3d74826d
+# %% ../nbs/18_gradcam.ipynb #90e1c8de
 def panel(
     model, # a model of several findings
     films: np.ndarray, # (n, h, w)
@@ -512,7 +513,7 @@ def panel(
         row = None if rows is None else predictions.iloc[list(rows)[i]]
         drawn += [None, *(heat[c][i] for c in aucs.index)]
         titles += [f"film {i + 1}", *(c + (" (present)" if row is not None and row[c] == 1 else "") + f"\nAUC {aucs[c]:.2f}" + ("" if row is None else f", p {row[f'p_{c}']:.2f}") for c in aucs.index)]
-    return show([f for f in films for _ in range(len(aucs) + 1)], drawn, titles, len(aucs) + 1, height=1.7)
+    return show([f for f in films for _ in range(len(aucs) + 1)], drawn, titles, len(aucs) + 1, height=1.5)
 
 # %% ../nbs/18_gradcam.ipynb #22351449
 def explain_files(

@@ -37,7 +37,7 @@ def _one(path: str, shape: tuple[int, int]) -> tuple[np.ndarray | None, str, str
         return np.round(fit(film, shape) * 255).astype(np.uint8), hashlib.sha256(data).hexdigest(), ""
     except (CourseError, OSError) as e: return None, "", str(e).split("\n")[0]
 
-# %% ../nbs/06_pipelines.ipynb #3f584266
+# %% ../nbs/06_pipelines.ipynb #ab0c2cfd
 def _files(frame: pd.DataFrame) -> pd.DataFrame:
     "Every film once, in the order of its name, with size and time of change of its file."
     rows, known = [], {}
@@ -49,7 +49,7 @@ def _files(frame: pd.DataFrame) -> pd.DataFrame:
 
 def _key(files: pd.DataFrame, shape: tuple[int, int]) -> str:
     "Sixteen digits that change with any file, the shape, and the way of decoding."
-    rows = "\n".join(f"{os.path.abspath(p)}\x1f{b}\x1f{t}" for p, b, t in files.itertuples(index=False))
+    rows = "\n".join(f"{p}\x1f{os.path.abspath(p)}\x1f{b}\x1f{t}" for p, b, t in files.itertuples(index=False))
     return hashlib.blake2b(f"{FORMAT} {shape[0]} {shape[1]}\n{rows}".encode("utf8", "surrogateescape"), digest_size=8).hexdigest()
 
 # %% ../nbs/06_pipelines.ipynb #ea1d6c5c

@@ -43,6 +43,14 @@ def test_importing_does_not_bring_tensorflow():
     subprocess.run([sys.executable, "-c", "import cxr_course.pipelines, sys; assert 'tensorflow' not in sys.modules and 'keras' not in sys.modules"], check=True)
 
 
+def test_the_same_films_named_from_elsewhere(films, tmp_path, monkeypatch):
+    "Found on real films: a store of absolute names was opened for relative ones, in which it knew no film."
+    absolute = build(films, (12, 10))
+    monkeypatch.chdir(tmp_path)
+    relative = build(films.assign(path=[os.path.relpath(p) for p in films["path"]]), (12, 10))
+    assert (relative.take() == absolute.take()).all() and len(relative) == len(films)
+
+
 def test_row_order_labels_and_splits_do_not_matter_to_the_store(films):
     a = build(films, (12, 10))
     b = build(films.sample(frac=1, random_state=0).assign(split="test"), (12, 10))
