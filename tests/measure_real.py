@@ -162,7 +162,7 @@ def borrowed(root: Path) -> None:
     from cxr_course import augmentation, training, transfer
     store = pipelines.build(data.load(root / "kaggle/chest_xray"), (64, 64))
     recipe = training.RECIPE | dict(augment=augmentation.Augment())
-    curve = transfer.learning_curve(store, (50, 200, 1000), [("compact", "none"), ("compact", "phantom")], range(3), cache_dir("borrowed"), steps=600, unknown="picture", **recipe)
+    curve = transfer.learning_curve(store, (50, 200, 1000), [("compact", "none"), ("compact", "phantom")], range(3), cache_dir("borrowed-100-epochs"), steps=600, unknown="picture", **recipe)
     keep("borrowed", "python tests/measure_real.py path/to/real/data borrowed", curve.round(4).to_dict("records"))
 
 
