@@ -351,14 +351,14 @@ def score(
         rows[name] = {"pointing": p.value, "pointing_low": p.low, "pointing_high": p.high, "energy": e.value, "energy_low": e.low, "energy_high": e.high, "silent": float(silent(h).mean())}
     return pd.DataFrame(rows).T
 
-# %% ../nbs/18_gradcam.ipynb #97fb46fc
+# %% ../nbs/18_gradcam.ipynb #d0543570
 def plot_score(
     scores: pd.DataFrame, # from `score`
     area: float, # mean share of the film that the finding covers
 ): # a matplotlib Figure
     "Every method and every control with its interval; the line is what pointing blindly gives."
     import matplotlib.pyplot as plt
-    fig, axes = plt.subplots(1, 2, figsize=(8, .27 * len(scores) + 1), sharey=True, layout="constrained")
+    fig, axes = plt.subplots(1, 2, figsize=(7.4, .25 * len(scores) + 1), sharey=True, layout="constrained")
     for ax, what in zip(axes, ("pointing", "energy")):
         rows = scores[[what, f"{what}_low", f"{what}_high"]].set_axis(["value", "low", "high"], axis=1).assign(note="")
         evaluation.plot_forest(rows, {"pointing": "strongest place inside the finding", "energy": "share of the map inside the finding"}[what], ax, area)

@@ -486,14 +486,14 @@ def train(
     if model.spec.weights != "none": return fine_tune(model, store, run, last=last, **options)
     return training.fit(model, store, run=run, about=dict(stages=[dict(stage="everything from scratch")]), **options)
 
-# %% ../nbs/14_transfer.ipynb #cd3f5b2c
+# %% ../nbs/14_transfer.ipynb #45d6229d
 def learning_curve(
     store, # a Store with test films; the others are drawn from
     films: Iterable[int | None], # sizes of the collections; None: all films outside the test
     ways: Iterable[tuple[str, str]], # (backbone, weights)
     seeds: Iterable[int], # of draws and trainings
     folder: str | Path, # where the runs go; finished ones are not repeated
-    steps: int = 250, # of each training, about
+    steps: int = 500, # of each training, about; never more than 100 epochs
     batch: int = 16, # films a step
     unknown: str = "raise", # films without patient: 'raise' or 'picture'
     **options, # of `training.fit`
@@ -505,7 +505,7 @@ def learning_curve(
         for backbone, weights in ways:
             run = Path(folder, f"{backbone}-{weights}-{n or 'all'}-{seed}")
             if (run / "card.json").exists(): found = training.load_run(run)
-            else: found = train(backbone, part, run, weights, seed=seed, epochs=int(np.clip(steps * batch / len(part.rows("train")), 2, 40)), batch=batch, unknown=unknown,
+            else: found = train(backbone, part, run, weights, seed=seed, epochs=int(np.clip(steps * batch / len(part.rows("train")), 2, 100)), batch=batch, unknown=unknown,
                                 resume=killed(run), **options)
             value, low, high, _ = found.metric("AUC", "test")
             rows.append(dict(backbone=backbone, weights=weights, films=len(part.rows("train")) + len(part.rows("val")), seed=seed, auc=value, low=low, high=high))
