@@ -357,21 +357,27 @@ def _without_twins(frame, said: list[str]):
     if len(pairs): said.append(f"left out, because byte for byte the same picture is in the test set under another name: {pairs['other'].nunique()}")
     return frame[~frame["path"].isin(set(pairs["other"]))].reset_index(drop=True)
 
-# %% ../nbs/24_cli.ipynb #ae3b599a
+# %% ../nbs/24_cli.ipynb #f0ce0d7c
 def _start_tensorflow() -> None:
-    "Load TensorFlow without its greetings; if that fails, show them."
+    "Load TensorFlow without its greetings."
     if "tensorflow" in sys.modules: return
+    def begin():
+        import tensorflow
+        tensorflow.constant(0.)
+    _unheard(begin)
+
+def _unheard(work):
+    "Do it without what TensorFlow says on the way; if it fails, show that too."
     import tempfile
     sys.stderr.flush()
     kept = os.dup(2)
     with tempfile.TemporaryFile() as heard:
         os.dup2(heard.fileno(), 2)
-        try:
-            import tensorflow
-            tensorflow.constant(0.)
-        except BaseException:
+        try: return work()
+        except BaseException as error:
+            from cxr_course.core import CourseError
             heard.seek(0)
-            os.write(kept, heard.read())
+            if not isinstance(error, CourseError): os.write(kept, heard.read())
             raise
         finally:
             os.dup2(kept, 2)
@@ -440,7 +446,7 @@ def _fit(frame, shape: tuple[int, int], out: Path, model: str, skip_bad: bool, o
     shift.reference(out, store)                                             # what 'shift' will compare with
     return training.load_run(out)                                           # with the card as it is now
 
-# %% ../nbs/24_cli.ipynb #c79f5783
+# %% ../nbs/24_cli.ipynb #b02b7aa0
 def _network(frame, shape: tuple[int, int], model: str, seed: int):
     "A network by name, with an output for each class or finding."
     from cxr_course import cnn, core, mlp
@@ -452,7 +458,7 @@ def _team():
     "Those that 'launch' gave this process to train with; before anything of TensorFlow is used."
     if not os.environ.get("CXR_COURSE_TEAM"): return None
     from cxr_course import scaling
-    return scaling.strategy_from_environment()
+    return _unheard(scaling.strategy_from_environment)
 
 def _done(run, out: Path) -> None:
     "The report on the test films; exit code 130 if the training was cut short."
@@ -805,7 +811,7 @@ def tune(
     _tell_search(found, out)
     _train_winner(store, out, seed, skip_bad)
 
-# %% ../nbs/24_cli.ipynb #c4f6bc37
+# %% ../nbs/24_cli.ipynb #735546a1
 def _refuse_search(out: Path) -> None:
     from cxr_course.core import CourseError
     raise CourseError("a search lies here already", out, "add --resume to continue it, or name another folder")
@@ -815,7 +821,7 @@ def _tell_search(found, out: Path) -> None:
     from cxr_course import core, tuning
     with core.atomic(out / "trials.csv") as part: found.to_csv(part, index=False)
     shown = found.sort_values("score", ascending=False).drop(columns=["runs", "asked", "of"]).head(10)
-    typer.echo("\n" + repr(core.table(shown.assign(lr=shown["lr"].map("{:.1e}".format)), f"the best of {len(found)} trials")))
+    typer.echo("\n" + repr(core.table(shown.assign(lr=shown["lr"].map("{:.1e}".format)), f"the best of {len(found)} trials", index=False)))
     figures = {"parallel": tuning.plot_parallel(found)}
     if (found[found["status"] == "done"]["asked"] == found["asked"].max()).sum() >= 3:
         shares = tuning.importance(found)
