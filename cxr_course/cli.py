@@ -515,7 +515,7 @@ def train(
     run = _fit(frame, shape, out, backbone or model, skip_bad, options | dict(name=backbone or model), loss.value, dict(weights=weights, fallback=fallback and fallback.value) if backbone else None)
     _done(run, out)
 
-# %% ../nbs/24_cli.ipynb #1b5156e1
+# %% ../nbs/24_cli.ipynb #6376ba88
 def _fingerprints(store):
     "The films of a store with the SHA-256 of each file."
     import pandas as pd
@@ -530,10 +530,11 @@ def _facts(run) -> dict[str, str]:
     "What the card of a run answers on the reporting check-list."
     c, t = run.card, run.card["training"]
     parts = "; ".join(f"{s}: " + ", ".join(f"{v:,} {k}" for k, v in n.items() if isinstance(v, int)) for s, n in c["data"]["splits"].items())
+    borrowed = (c["model"]["spec"] or {}).get("weights", "none")
     return dict(partition="by patient; films without one by examination or picture" if c["data"]["unknown_patients"] == "picture" else "by patient", data=parts,
                 architecture=f"{c['model']['name']}, {c['model']['parameters']:,} parameters, films of {c['preprocessing']['shape'][0]} x {c['preprocessing']['shape'][1]}", preprocessing=f"{c['preprocessing']['fit']}; values {c['preprocessing']['values']}",
                 training=f"{t['optimizer']}, step {t['lr']:g} ({t['schedule']}), batches of {t['batch']}, {t['epochs_run']} epochs, {'augmented' if t['augment'] else 'not augmented'}, seed {t['seed']}",
-                selection=f"lowest loss on validation (epoch {t['best_epoch']})", output=f"a probability; threshold by {c['threshold_rule']}", initialisation="random", specification="the whole model lies beside this report as model.keras and card.json")
+                selection=f"lowest loss on validation (epoch {t['best_epoch']})", output=f"a probability; threshold by {c['threshold_rule']}", initialisation="random" if borrowed == "none" else f"weights of the backbone: {borrowed}, SHA-256 {c['model']['spec']['sha256']}", specification="the whole model lies beside this report as model.keras and card.json")
 
 def _tell(run, predictions, folder: Path) -> None:
     "Print the report, and save it as a page."
@@ -549,6 +550,7 @@ def _tell(run, predictions, folder: Path) -> None:
     typer.echo(f"\n{report!r}{said}")
     if report.confusion is not None: typer.echo("\n" + repr(table(report.confusion.reset_index().rename(columns={"truth": "truth, then called:"}))))
 
+# %% ../nbs/24_cli.ipynb #cb60fad0
 def _verdicts(report, predictions, unknown: str) -> str:
     "Which findings the test films can judge at all: a section of the page, and a sentence."
     from cxr_course import evaluation, imbalance
