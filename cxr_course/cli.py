@@ -644,7 +644,7 @@ class Map(str, Enum):
     "How a map is made (chapter 18)."
     cam, gradcam, gradcam_plus, hirescam, ablation, scorecam, alone, occlusion, integrated, slope = "cam", "gradcam", "gradcam++", "hirescam", "ablation", "scorecam", "alone", "occlusion", "integrated", "slope"
 
-# %% ../nbs/24_cli.ipynb #6846b53f
+# %% ../nbs/24_cli.ipynb #87035d47
 @app.command(short_help="Draw where a run looks on a film.")
 def explain(
     run: Annotated[Path, RUN],
@@ -663,8 +663,10 @@ def explain(
     """
     if out.exists(): _refuse_existing(out)
     _start_tensorflow()
-    from cxr_course import core, gradcam, prediction
+    from cxr_course import cnn, core, gradcam, prediction
     bundle, paths = prediction.load_bundle(run), prediction.expand(images)
+    rows, cols = cnn.features(bundle.model).output_shape[1:3] if method.value not in ("occlusion", "integrated", "slope") else (99, 99)
+    if min(rows, cols) < 5: typer.echo(f"note: the last maps of this network have {rows} x {cols} places, too few to point with; train on larger films, or try --method occlusion", err=True)
     if out.suffix.lower() == ".png" and len(paths) > 1: raise core.CourseError(f"{len(paths)} pictures do not fit into one file", out, "name a folder with --out")
     found = core.progress(gradcam.explain_files(bundle.model, bundle.classes, paths, finding, method.value, against, bundle.findings), "explaining", len(paths))
     for r in gradcam.save_overlays(found, out, method.value).to_dict("records"):

@@ -151,6 +151,15 @@ def test_monitor_end_to_end(run, store, films, tmp_path):
     with pytest.raises(CourseError, match="never overwritten"): verdict.save(page)
 
 
+def test_films_without_patients_are_compared_film_by_film(run, store):
+    "Found on real films: a bare test folder, each film for itself, held against averages of patients, gave a false alarm."
+    films = store.frame.assign(split="test")
+    verdict = shift.monitor(run, store.using(films.assign(patient=None).drop(columns="study", errors="ignore")), times=49)
+    assert len(set(verdict.old.keys)) == len(verdict.old.paths) and len(set(verdict.new.keys)) == len(films)
+    named = shift.monitor(run, store.using(films), times=49)
+    assert len(set(named.old.keys)) == store.frame.query("split == 'val'")["patient"].nunique() < len(named.old.paths) and len(set(named.new.keys)) == films["patient"].nunique()
+
+
 def test_an_inverted_film_is_a_shift_and_a_repeated_verdict_is_the_same(run, store):
     negative = shift.Altered(store, lambda films, masks: 255 - films)
     loud = shift.monitor(run, negative, times=199)
