@@ -523,7 +523,7 @@ def arrived(
     masks = found["path"].map(lambda p: Path(p).parent.name in ("lung masks", "infection masks"))
     return core.frame(found.loc[~masks, [c for c in ("path", "patient", "study", "source") if c in found]].assign(label=None), labels=list(labels))
 
-# %% ../nbs/19_shift.ipynb #b33c91c0
+# %% ../nbs/19_shift.ipynb #cf1c576a
 def monitor(
     run: training.Run | str | Path, # a finished run
     new: pipelines.Store | str | Path, # films that arrived: a store, or a folder
@@ -541,4 +541,6 @@ def monitor(
         fresh_ = ~store.frame["path"].map(marks).isin(set(taught))
         if not fresh_.any(): raise CourseError("the model has learned from every one of these films", f"{len(store)} films", "give it films that it has never seen")
         store = store.using(store.frame[fresh_].reset_index(drop=True))
-    return compare(reference(run), look(run.model, store, unknown="picture"), level, times, name=run.folder.name, labels=run.card["labels"], **options)
+    old, now = reference(run), look(run.model, store, unknown="picture")
+    if store.frame["patient"].isna().all(): old = old._replace(keys=old.paths)      # like with like: where new films count one by one, so do the old
+    return compare(old, now, level, times, name=run.folder.name, labels=run.card["labels"], **options)
