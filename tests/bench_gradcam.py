@@ -10,7 +10,7 @@ import os
 import time
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+os.environ["TF_ENABLE_ONEDNN_OPTS"] = "1"      # TensorFlow as it comes; the tests switch this off to be repeatable to the last digit
 
 import keras
 import numpy as np
@@ -37,9 +37,12 @@ def peer(model, target):
 
 
 def seconds(work) -> float:
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
+    "The quickest of three."
+    def once():
+        start = time.perf_counter()
+        work()
+        return time.perf_counter() - start
+    return min(once() for _ in range(3))
 
 
 def bench(model, pictures: int = 64, side: int = 224) -> dict:
