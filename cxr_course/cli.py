@@ -446,13 +446,12 @@ def _fit(frame, shape: tuple[int, int], out: Path, model: str, skip_bad: bool, o
     shift.reference(out, store)                                             # what 'shift' will compare with
     return training.load_run(out)                                           # with the card as it is now
 
-# %% ../nbs/24_cli.ipynb #b02b7aa0
+# %% ../nbs/24_cli.ipynb #8030116e
 def _network(frame, shape: tuple[int, int], model: str, seed: int):
     "A network by name, with an output for each class or finding."
-    from cxr_course import cnn, core, mlp
+    from cxr_course import cnn, core, mlp, training
     if model not in (known := {**mlp.SPECS, **cnn.SPECS}): raise core.CourseError(f"there is no model named {model!r}", None, f"choose one of {', '.join(known)}")
-    names = core.classes(frame)
-    return (mlp if model in mlp.SPECS else cnn).build(model, (*shape, 1), 1 if len(names) == 2 and "label" in frame else len(names), seed)
+    return (mlp if model in mlp.SPECS else cnn).build(model, (*shape, 1), training._outputs(frame), seed)
 
 def _team():
     "Those that 'launch' gave this process to train with; before anything of TensorFlow is used."
@@ -835,16 +834,16 @@ def _tell_search(found, out: Path) -> None:
         with core.atomic(out / f"{name}.png") as part: figure.savefig(part, dpi=120, format="png")
     typer.echo(f"\n{tuning.caution(out)}\nTensorBoard's page of hyperparameters: tensorboard --logdir {out / 'logs'}")
 
-# %% ../nbs/24_cli.ipynb #7423a3af
+# %% ../nbs/24_cli.ipynb #60fe7ac1
 def _train_winner(store, out: Path, seed: int, skip_bad: bool) -> None:
     "The winner as an ordinary run under OUT/best, unless it is there."
-    from cxr_course import prediction, training, tuning
+    from cxr_course import prediction, training, tuning, transfer
     run, won = out / "best", tuning.spec_of(tuning.best(tuning.trials(out)))
     if run.exists():
         conv = training.load_run(run).card["model"]["spec"]["conv"]
         typer.echo(f"\n{run} is there already and stays as it is" + ("" if conv == list(won.conv) else "; it was trained from an earlier winner: rename it and repeat the command to train the present one"))
         return
-    tuning.retrain(out, store, run, seed=seed + 1000, resume=run.with_name(f".{run.name}.partial").exists())
+    tuning.retrain(out, store, run, seed=seed + 1000, resume=transfer.killed(run))
     prediction.finish(run, store)
     _remember(store, run)
     _done(training.load_run(run), run)

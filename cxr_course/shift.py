@@ -34,7 +34,7 @@ def fresh(
     "The eight figures of every set, computed from nothing but its own films."
     return pd.DataFrame([dict(set=name, of=of, **evaluation.eight(y, s, threshold)) for name, p in sets.items() for of, (y, s) in evaluation.questions(p).items()])
 
-# %% ../nbs/19_shift.ipynb #86e904c2
+# %% ../nbs/19_shift.ipynb #93998bf9
 def trial(
     arm: str, # what this way of training is called
     store: pipelines.Store, # teaches (`train`) and chooses (`val`)
@@ -49,7 +49,7 @@ def trial(
     names, parts = core.classes(store.frame), []
     if "label" not in store.frame: raise CourseError("a trial asks about one disease", f"findings: {', '.join(names)}", "make a frame with a `label`: the first class healthy")
     for seed in seeds:
-        model = cnn.build(spec, (*store.shape, 1), 1 if len(names) == 2 else len(names), seed)
+        model = cnn.build(spec, (*store.shape, 1), training._outputs(store.frame), seed)
         run = training.fit(model, store, run=Path(folder, f"{arm}-{seed}".replace(" ", "-")), seed=seed, unknown=unknown, **options)
         for place, there in places.items():
             p = training.predict(model, there)

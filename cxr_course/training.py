@@ -287,7 +287,11 @@ def _versions() -> dict:
         except PackageNotFoundError: found[name] = None
     return found
 
-# %% ../nbs/12_training.ipynb #ee992691
+# %% ../nbs/12_training.ipynb #ad2c7856
+def _outputs(frame: pd.DataFrame) -> int:
+    "How many logits these films ask for: one for two classes, else one for each class or finding."
+    return 1 if len(classes(frame)) == 2 and not findings(frame) else len(classes(frame))
+
 def _check(model, train, val, unknown: str) -> None:
     for store in (train, val): _refuse_misfit(model, store)
     names, outputs = classes(train.frame), model.output_shape[-1]

@@ -16,7 +16,6 @@ from PIL import Image
 from cxr_course import cnn, core, pipelines, tuning
 from cxr_course.core import CourseError
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")              # keras-tuner's own
 TINY = tuning.Space(filters=((2, 4), (2, 4)), kernels=(3,), dense=(4, 8), step=2)
 smooth = lambda values, epochs, run: .9 - .1 * abs(np.log10(values["lr"]) + 3) - .3 * .6 ** np.arange(1, epochs + 1)
 same = lambda a, b: pd.testing.assert_frame_equal(a.drop(columns="seconds"), b.drop(columns="seconds"))
