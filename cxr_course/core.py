@@ -15,15 +15,16 @@ import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 # %% auto #0
-__all__ = ['SIZES', 'COLUMNS', 'EXTRA', 'SPLITS', 'PALETTE', 'CourseError', 'expect', 'size', 'pick', 'rng', 'cache_dir',
-           'atomic', 'sha256', 'findings', 'frame', 'table', 'patients', 'classes', 'Sheet', 'show_films', 'progress',
-           'headline']
+__all__ = ['SIZES', 'COLUMNS', 'SPLITS', 'UNKNOWN', 'PALETTE', 'CourseError', 'expect', 'size', 'pick', 'rng', 'cache_dir',
+           'atomic', 'sha256', 'Task', 'frame', 'table', 'regroup', 'groups', 'findings', 'classes', 'patients',
+           'Sheet', 'show_films', 'progress', 'headline']
 
 # %% ../nbs/00_core.ipynb #cc1cc673
 class CourseError(ValueError):
@@ -120,49 +121,122 @@ def sha256(
     with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
 
 # %% ../nbs/00_core.ipynb #99dd631f
-COLUMNS = ("path", "patient", "split", "source", "view", "height", "width")
-EXTRA = ("label", "age", "sex", "study", "film", "severity", "cause")   # known to the course, never findings
+COLUMNS = ("path", "patient", "group", "split", "source", "view", "height", "width")
 SPLITS = ("train", "val", "test")
+UNKNOWN = ("refuse", "image")   # what an image without a patient is taken for: nothing yet, or somebody of its own
 
-def findings(
-    frame: pd.DataFrame, # a frame of films or of predictions
-) -> list[str]: # names of the finding columns, in order
-    "The columns of a frame that hold one finding each; empty if it has a `label` instead."
-    if "label" in frame: return []
-    return [c for c in frame if c not in COLUMNS + EXTRA and not c.startswith(("p_", "meta_"))]
+# %% ../nbs/00_core.ipynb #7531504c
+@dataclass(frozen=True)
+class Task:
+    "What a frame asks about: its names, and whether they are classes or findings."
+    names: tuple[str, ...] # classes in order (the class looked for last), or findings
+    kind: str # 'classes': exactly one applies to an image; 'findings': any number of them
+
+    @classmethod
+    def of(cls,
+        frame: pd.DataFrame, # a frame of images or of predictions
+    ) -> Task:
+        "The task of a frame, as it was said when the frame was made."
+        if "label" in frame: return cls(tuple(_known(frame["label"])), "classes")
+        said = [c for c in frame.attrs.get("findings", ()) if c in frame]
+        if not said:
+            raise CourseError("the frame does not say which of its columns are findings", f"columns: {', '.join(map(str, frame.columns))}",
+                              "make it with frame(rows, findings=[...]), or give it a column `label`")
+        return cls(tuple(said), "findings")
+
+    @property
+    def findings(self) -> bool: # True if an image can have several of the names
+        return self.kind == "findings"
+
+    @property
+    def outputs(self) -> int: # logits of a network: 1 for two classes, else one a name
+        return 1 if self.kind == "classes" and len(self.names) == 2 else len(self.names)
+
+    @property
+    def columns(self) -> list[str]: # columns of the truth
+        return ["label"] if self.kind == "classes" else list(self.names)
+
+    @property
+    def p_columns(self) -> list[str]: # columns of the predictions
+        return [f"p_{name}" for name in self.names]
+
+    def indicators(self,
+        frame: pd.DataFrame, # a frame with this task
+    ) -> pd.DataFrame: # one column a name: 1, 0, or NaN for unknown; the index of `frame`
+        "Name by name, whether it applies to each image."
+        if self.findings: return frame[list(self.names)].astype(float)
+        known = frame["label"].notna()
+        return pd.DataFrame({c: (frame["label"] == c).astype(float).where(known) for c in self.names}, index=frame.index)
+
+    def truth(self,
+        frame: pd.DataFrame, # a frame with this task
+    ) -> np.ndarray: # class numbers (n,) int32, or findings (n, k) float32 with NaN for unknown
+        "The truth in the form that a loss takes."
+        if self.findings: return frame[list(self.names)].to_numpy(np.float32)
+        if frame["label"].isna().any():
+            raise CourseError(f"{frame['label'].isna().sum()} of {len(frame)} images have no label", "column `label`", "leave them out of the frame")
+        return frame["label"].cat.codes.to_numpy(np.int32)
+
+    def counts(self,
+        frame: pd.DataFrame, # a frame with this task
+    ) -> dict[str, int]: # images that show each name
+        "How many images show each class or finding."
+        return {c: int(n) for c, n in (self.indicators(frame) == 1).sum().items()}
+
+    def predicted(self,
+        frame: pd.DataFrame, # a frame with this task, n rows
+        p: np.ndarray, # (n, k) probabilities, one column a name
+    ) -> pd.DataFrame: # the frame of predictions
+        "The frame with the probabilities beside its truth."
+        return frame.assign(**{c: p[:, i] for i, c in enumerate(self.p_columns)})
+
+# %% ../nbs/00_core.ipynb #be3c7fb9
+def _known(labels: pd.Series) -> list[str]:
+    return list(labels.cat.categories) if isinstance(labels.dtype, pd.CategoricalDtype) else sorted(labels.dropna().unique())
 
 # %% ../nbs/00_core.ipynb #6035a3b4
 def frame(
-    rows: pd.DataFrame | Iterable[dict], # one row or dict a film; `path` and the truth are needed, the rest is filled with missing
+    rows: pd.DataFrame | Iterable[dict], # one row or dict an image; `path` and the truth are needed, the rest is filled with missing
     labels: Iterable[str] | None = None, # the classes in order, the class looked for last; default: sorted
+    findings: Iterable[str] | None = None, # columns that hold one finding each, as 1, 0 or missing; all other columns only tell about the image
+    unknown: str | None = None, # images without patient: 'refuse' wherever patients matter, or 'image' (by `study` if known, else each by itself); default: as `rows` says, else 'refuse'
 ) -> pd.DataFrame: # a checked frame with all the columns of the contract
-    "Make a frame of films, and refuse one that breaks the contract."
+    "Make a frame of images, fix its task and its groups once, and refuse one that breaks the contract."
     df = pd.DataFrame(rows).reset_index(drop=True)
-    if "path" not in df or df.empty: raise CourseError("a frame needs one row a film and a column `path`", f"columns: {', '.join(map(str, df.columns))}")
+    if "path" not in df or df.empty: raise CourseError("a frame needs one row an image and a column `path`", f"columns: {', '.join(map(str, df.columns))}")
     for c in COLUMNS:
         if c not in df: df[c] = pd.NA
-    for c in ("path", "patient", "split", "source", "view"): df[c] = df[c].astype("string").astype(object).where(df[c].notna(), None)
+    for c in ("path", "patient", "group", "split", "source", "view"): df[c] = df[c].astype("string").astype(object).where(df[c].notna(), None)
     for c in ("height", "width"): df[c] = df[c].astype("Int64")
     odd = sorted(set(df["split"].dropna()) - set(SPLITS))
     if odd: raise CourseError(f"unknown split {odd[0]!r}", "column `split`", f"use {', '.join(SPLITS)} or leave it missing")
+    if findings is None and isinstance(rows, pd.DataFrame): findings = rows.attrs.get("findings")
     if "label" in df: df["label"] = _categorical(df["label"], labels)
-    names = findings(df)
-    for c in names: df[c] = _finding(df[c])
-    if "label" not in df and not names: raise CourseError("a frame needs a column `label` or one column a finding", f"columns: {', '.join(map(str, df.columns))}")
+    else: _said(df, findings)
+    if unknown is not None or df["group"].isna().all(): df = regroup(df, unknown or "refuse")
     return df[[*COLUMNS, *(c for c in df if c not in COLUMNS)]]
 
 # %% ../nbs/00_core.ipynb #395604b6
 def _categorical(values: pd.Series, labels: Iterable[str] | None) -> pd.Series:
-    known = list(labels) if labels is not None else list(values.cat.categories) if isinstance(values.dtype, pd.CategoricalDtype) else sorted(values.dropna().unique())
+    known = list(labels) if labels is not None else _known(values)
     odd = sorted(set(values.dropna()) - set(known))
     if odd: raise CourseError(f"unknown label {odd[0]!r}", "column `label`", f"the labels are {', '.join(known)}")
     return pd.Series(pd.Categorical(values, categories=known), index=values.index)
 
+def _said(df: pd.DataFrame, findings: Iterable[str] | None) -> None:
+    "Check the findings that were said, and write down which they are."
+    said, had = list(findings or ()), ", ".join(map(str, df.columns))
+    if not said: raise CourseError("a frame needs a column `label`, or to be told which columns are findings", f"columns: {had}", "frame(rows, findings=['Effusion', ...])")
+    if absent := [c for c in said if c not in df]: raise CourseError(f"there is no column {absent[0]!r}", f"columns: {had}", "name findings as the table names them")
+    for c in said: df[c] = _finding(df[c])
+    df.attrs["findings"] = said
+
 def _finding(values: pd.Series) -> pd.Series:
     numbers = pd.to_numeric(values, errors="coerce").astype(float)
     odd = values[(values.notna() & numbers.isna()) | ~(numbers.isna() | numbers.isin([0, 1]))]
-    if len(odd): raise CourseError(f"a finding must be 1, 0 or missing, not {odd.iloc[0]!r}", f"column {values.name!r}, row {odd.index[0]}",
-                                   "if the column is not a finding, start its name with `meta_`")
+    if len(odd):
+        raise CourseError(f"a finding must be 1, 0 or missing, not {odd.iloc[0]!r}", f"column {values.name!r}, row {odd.index[0]}",
+                          "if the column is no finding, leave it out of `findings`")
     return numbers
 
 # %% ../nbs/00_core.ipynb #9c630e2c
@@ -199,26 +273,40 @@ class table:
         return "\n".join([self.caption, *lines] if self.caption else lines)
 
 # %% ../nbs/00_core.ipynb #93cb9969
-def patients(
-    frame: pd.DataFrame, # a frame of films or of predictions
-    unknown: str = "raise", # 'raise', or 'picture': a film without patient is grouped by `study` if that is known, else stands for itself
-) -> pd.Series: # one key a row; equal keys must never be separated
-    "The key to group films by, so that one patient's films stay together."
-    if unknown not in ("raise", "picture"): raise CourseError(f"unknown={unknown!r} is not a choice", None, "use 'raise' or 'picture'")
+def regroup(
+    frame: pd.DataFrame, # a frame of images or of predictions
+    unknown: str = "refuse", # images without patient: 'refuse' (their group stays missing), or 'image' (by `study` if known, else each by itself)
+) -> pd.DataFrame: # the same frame with its column `group` made anew from `patient`
+    "Decide once which images belong together; equal groups are never separated."
+    if unknown not in UNKNOWN: raise CourseError(f"unknown={unknown!r} is not a choice", None, f"use one of {', '.join(UNKNOWN)}")
+    key = "patient:" + frame["patient"].astype("string").astype(object)
     missing = frame["patient"].isna()
-    if unknown == "raise" and missing.any():
-        raise CourseError(f"{missing.sum()} of {len(frame)} films have no patient", f"first: {frame.loc[missing, 'path'].iloc[0]}",
-                          "fill the column `patient`, or pass unknown='picture' to say that films without one are independent of each other")
-    stand_in = "film:" + frame["path"].astype(str)
+    if not missing.any() or unknown == "refuse": return frame.assign(group=key.where(~missing, None))
+    stand_in = "image:" + frame["path"].astype(str)
     if "study" in frame: stand_in = ("study:" + frame["study"].astype("string").astype(object)).where(frame["study"].notna(), stand_in)
-    return ("patient:" + frame["patient"].astype("string").astype(object)).where(~missing, stand_in)
+    return frame.assign(group=key.where(~missing, stand_in))
 
-# %% ../nbs/00_core.ipynb #ee315141
-def classes(
-    frame: pd.DataFrame, # a frame of films or of predictions
-) -> list[str]: # the labels in order (the class looked for last), or the findings
-    "What a frame asks about: its labels, or its findings."
-    return list(frame["label"].cat.categories) if "label" in frame else findings(frame)
+def groups(
+    frame: pd.DataFrame, # a frame of images or of predictions
+) -> pd.Series: # one key a row; equal keys must never be separated
+    "The column `group` of a frame; raises if it is not decided for every image, or no longer fits the patients."
+    if "group" not in frame: frame = regroup(frame)
+    missing = frame["group"].isna()
+    if missing.any():
+        raise CourseError(f"{missing.sum()} of {len(frame)} images have no patient", f"first: {frame.loc[missing, 'path'].iloc[0]}" if "path" in frame else None,
+                          "fill the column `patient`, or say unknown='image' when loading: images without one are then independent of each other")
+    pairs = frame.loc[frame["patient"].notna(), ["patient", "group"]].drop_duplicates() if "patient" in frame else frame.iloc[:0]
+    if len(pairs) and (twice := pairs["patient"].duplicated()).any():
+        raise CourseError(f"patient {pairs.loc[twice, 'patient'].iloc[0]!r} stands in two groups", "column `group`", "the patients were changed after loading: group anew with regroup(frame)")
+    return frame["group"]
+
+# %% ../nbs/00_core.ipynb #7aba2b3b
+def findings(frame): return [] if "label" in frame else list(Task.of(frame).names)   # in transition: Task
+
+def classes(frame): return list(Task.of(frame).names)   # in transition: Task
+
+def patients(frame, unknown="raise"):   # in transition: groups
+    return groups(frame) if unknown == "raise" else regroup(frame, "image")["group"]
 
 # %% ../nbs/00_core.ipynb #aa6dfa8e
 class Sheet:

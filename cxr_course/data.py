@@ -448,11 +448,13 @@ def load(
     skip_bad: bool = False, # leave out files that are not pictures; otherwise they keep their row, without a size
     sizes: bool = True, # read each film's size from its header
     columns: dict[str, str] | None = None, # for a .csv: its own names of the columns, {'filename': 'path', 'dx': 'label'}
+    findings: Iterable[str] | None = None, # which columns of a table are findings; default: those that bear a name of NIH's fourteen
+    unknown: str = "refuse", # images without patient: 'refuse' wherever patients matter, or 'image' (by examination if known, else each by itself)
 ) -> pd.DataFrame: # the frame
     "A data set as a frame, whatever its layout."
     if classes not in (None, 2, 3): raise CourseError(f"classes={classes}", None, "2 or 3")
     if str(name_or_path) in REGISTRY and not Path(name_or_path).exists():
-        return load(fetch(str(name_or_path)), classes or (2 if name_or_path == "sample" else None), skip_bad, sizes)
+        return load(fetch(str(name_or_path)), classes or (2 if name_or_path == "sample" else None), skip_bad, sizes, columns, findings, unknown)
     what, path = layout(name_or_path), _there(name_or_path)
     root, labels = _root(path) if path.is_dir() else path.parent, None
     if what in ("kaggle", "mendeley"): rows, labels = _rows_kaggle(root, classes or (3 if what == "mendeley" else 2))
@@ -466,7 +468,9 @@ def load(
     df = _join_truth(pd.DataFrame(rows), root)
     if sizes and what != "npz" and not (what == "nih" and path.is_file()): df = _measured(df, skip_bad)
     if labels is None and "label" in df: labels = sorted(df["label"].dropna().unique(), key=lambda c: (str(c).lower() not in _NORMAL_NAMES, str(c)))
-    return frame(df, labels)
+    if "label" in df and findings is not None: df = df.drop(columns="label")
+    if "label" not in df and findings is None: findings = [c for c in (CHESTMNIST if what == "npz" else FINDINGS) if c in df]
+    return frame(df, labels, findings, unknown)
 
 # %% ../nbs/02_data.ipynb #fad71bd0
 def boxes(
@@ -480,6 +484,8 @@ def boxes(
     return df.assign(finding=df["finding"].replace("Infiltrate", "Infiltration"))
 
 # %% ../nbs/02_data.ipynb #77918925
+_READ_AGAIN = ("Fracture", "Pneumothorax", "Airspace opacity", "Nodule or mass")
+
 def relabelled(
     path: str | Path, # an NIH folder, or the table itself
 ) -> pd.DataFrame: # a frame with four findings; `path` is the film's name, or where it lies if it is in the folder
@@ -490,8 +496,8 @@ def relabelled(
     rows, base = pd.read_csv(found[0]), found[0].parent.parent if found[0].parent.name == "labels" else found[0].parent
     films = {p.name: str(p) for p in base.rglob("*.png")}
     df = pd.DataFrame({"path": rows["Image Index"].map(lambda n: films.get(n, n)), "patient": rows["Patient ID"].astype(str).str.zfill(8), "split": rows["Set Id"].map(_SPLIT_NAMES)})
-    for c in ("Fracture", "Pneumothorax", "Airspace opacity", "Nodule or mass"): df[c] = rows[c].map({"YES": 1., "NO": 0.})
-    return frame(df)
+    for c in _READ_AGAIN: df[c] = rows[c].map({"YES": 1., "NO": 0.})
+    return frame(df, findings=_READ_AGAIN)
 
 # %% ../nbs/02_data.ipynb #ef58cd7b
 def fetch(
