@@ -33,12 +33,20 @@ class CourseError(ValueError):
         what: str, # what went wrong, in one sentence without a full stop
         where: str | Path | None = None, # the file, folder, column or row it went wrong at
         remedy: str | None = None, # what the reader can do next
+        typed: str | None = None, # the same remedy for somebody at a terminal, where it is another one
     ):
-        self.what, self.where, self.remedy = what, where, remedy
-        text = what + (f": {where}" if where is not None else "")
-        super().__init__(text + (f"\n  What to do: {remedy}" if remedy else ""))
+        self.what, self.where, self.remedy, self.typed = what, where, remedy, typed
+        super().__init__(self.told(remedy))
 
-    def __reduce__(self): return type(self), (self.what, self.where, self.remedy)  # survives the way back from a worker process
+    def told(self,
+        remedy: str | None, # the remedy to tell
+    ) -> str:
+        "The whole message with this remedy."
+        place = f": {self.where}" if self.where is not None else ""
+        return self.what + place + (f"\n  What to do: {remedy}" if remedy else "")
+
+    # survives the way back from a worker process
+    def __reduce__(self): return type(self), (self.what, self.where, self.remedy, self.typed)
 
 # %% ../nbs/00_core.ipynb #31d42617
 @contextmanager
