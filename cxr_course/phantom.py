@@ -14,8 +14,7 @@ import numpy as np
 import pandas as pd
 from scipy import ndimage
 
-from .core import CourseError, atomic, cache_dir, pick, progress, rng, size
-from .core import frame as as_frame
+from .core import CourseError, Task, atomic, cache_dir, pick, progress, rng, size
 
 # %% auto #0
 __all__ = ['ENERGIES', 'ATTENUATION', 'HOSPITALS', 'FINDINGS', 'PNEUMONIAS', 'LOBES', 'DRAW', 'KINDS', 'PREVALENCE', 'LAYOUTS',
@@ -655,7 +654,9 @@ def world(
     rows = [r for p in range(patients) for r in _patient(p, seed, kind, films, hospitals, tie or {}, prevalence, pixels, split)]
     df = pd.DataFrame(rows)
     df["film"] = np.arange(len(df))
-    if "label" in df: df["label"] = pd.Categorical(df["label"], categories=list(KINDS[kind][0]))
+    labels, _ = KINDS[kind]
+    if labels: df["label"] = pd.Categorical(df["label"], categories=list(labels))
+    else: df.attrs["findings"] = list(FINDINGS)
     return df
 
 # %% ../nbs/01_phantom.ipynb #7ef37953
@@ -703,7 +704,9 @@ def write(
     "Draw every film of a world and write it in the layout of a real data set, with `truth.csv` beside it."
     if layout not in LAYOUTS: raise CourseError(f"unknown layout {layout!r}", None, f"the known ones are {', '.join(LAYOUTS)}")
     fits = {"mendeley": "pneumonia", "kaggle": "pneumonia"}.get(layout, layout)
-    kind = "nih" if "label" not in world else next((k for k, (labels, _) in KINDS.items() if labels and set(world["label"]) <= set(labels)), "other")
+    task = Task.of(world)
+    kinds = (k for k, (labels, _) in KINDS.items() if labels and set(task.names) <= set(labels))
+    kind = "nih" if task.findings else next(kinds, "other")
     if fits not in (kind, "dicom"): raise CourseError(f"the layout {layout!r} does not fit a world of kind {kind!r}", None, f"plan it with world(..., kind={fits!r}), or use another layout")
     from joblib import Parallel, delayed
     plan = world.assign(number=world.groupby("patient").cumcount())
