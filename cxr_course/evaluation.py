@@ -11,10 +11,11 @@ from .breakdown import AGES, bands, by_class, by_size, errors, evaluate, subgrou
 from .curves import auc, average_precision, drop_unknown, precision_recall, roc
 from .evaluation_plots import (
     new_axes, plot_confusion, plot_jitter, plot_pr, plot_probabilities, plot_roc, plot_ternary)
-from .evaluation_report import Report, embed, report
+from .evaluation_report import Report, report
 from .intervals import auc_interval, compare, delong, left_out_auc, share, wilson
 from .metrics import (
     aucs, compare_models, confusion, decide, eight, macro_auc, operating_points)
+from .page import embed
 from .predictions import (
     checked, patient_groups, predictions_frame, questions, read_predictions)
 from .subgroup_plots import plot_forest, plot_shapes, plot_size

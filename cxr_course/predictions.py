@@ -103,7 +103,7 @@ def predictions_frame(
         made = frame(rows.assign(label=_labels_given(truth, names)), labels=names, unknown=unknown)
     return checked(Task.of(made).predicted(made, p))
 
-# %% ../nbs/predictions.ipynb #d795744c
+# %% ../nbs/predictions.ipynb #dec0c113
 def _array(values) -> np.ndarray:
     "An array from a list, a Series, a frame, or a tensor of another library."
     for step in ("detach", "cpu"):
@@ -130,7 +130,7 @@ def _refuse_lengths(lengths):
 def _labels_given(truth, names):
     "Class names (missing if unknown) from names, numbers, or 0 and 1."
     values = pd.Series(truth.ravel())
-    number = pd.to_numeric(values, errors="coerce")
+    number = pd.to_numeric(values, errors="coerce").astype(float)
     known = values.notna()
     if known.any() and not values[known].astype(str).isin(names).all() and number[known].notna().all():
         odd = values[known & ~number.isin(range(len(names)))]
@@ -178,11 +178,14 @@ def read_predictions(
                              patients=table.get("patient"), paths=table.get("path"), split=split, about=about)
     return made if "split" not in about else made.assign(split=about["split"].to_numpy())
 
-# %% ../nbs/predictions.ipynb #bfb990a5
+# %% ../nbs/predictions.ipynb #7a43e125
 def _read_table(path):
-    "A table of text, whose columns become numbers where they all are; identifiers such as 007 stay as they stand."
+    "A table of text; identifiers such as 007 stay as they stand."
     try:
-        table = pd.read_csv(path, sep=None, engine="python", dtype=str, encoding="utf-8-sig")
+        with open(path, encoding="utf-8-sig") as file:
+            head = file.readline()
+        separator = max(",;\t", key=head.count)
+        table = pd.read_csv(path, sep=separator, dtype=str, encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError, pd.errors.ParserError, pd.errors.EmptyDataError) as e:
         raise CourseError(f"the predictions cannot be read ({e})", path, "give a CSV file with one row an image") from e
     for c in {"age", "height", "width"} & set(table):
