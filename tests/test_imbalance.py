@@ -209,7 +209,7 @@ def test_an_epoch_on_classes_drawn_evenly(classes, tmp_path):
     loss = imbalance.loss_for(store)
     model = imbalance.start_bias(cnn.build(cnn.Spec((4,), (4,)), (24, 24, 1), 1 if classes == 2 else 3), store, loss)
     run = training.fit(model, drawn, run=tmp_path / "run", epochs=1, loss=loss)
-    assert run.card["data"]["splits"]["train"]["films"] == 60 and np.isfinite(run.history["val_loss"]).all()
+    assert run.card["data"]["splits"]["train"]["images"] == 60 and np.isfinite(run.history["val_loss"]).all()
 
 
 def test_start_bias_is_the_best_constant():
