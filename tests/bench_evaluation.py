@@ -1,4 +1,4 @@
-"""How long do honest intervals take? 25,000 pictures, 14 findings, 1,000 studies resampled by patient, against a plain loop over scikit-learn.
+"""How long do honest intervals take? 25,000 images, 14 findings, 1,000 studies resampled by patient, against a plain loop over scikit-learn.
 
 Run it with `python tests/bench_evaluation.py`; `make bench` collects the last line. The plain loop is run for a few resamples and scaled.
 """
@@ -11,16 +11,16 @@ import numpy as np
 from sklearn.metrics import roc_auc_score
 
 from cxr_course.core import rng
-from cxr_course.evaluation import resample, resampled_auc
+from cxr_course.bootstrap import resample, resampled_auc
 
 
-def bench(pictures: int = 25_000, patients: int = 3_000, findings: int = 14, times: int = 1_000, loop: int = 6) -> dict:
+def bench(images: int = 25_000, patients: int = 3_000, findings: int = 14, times: int = 1_000, loop: int = 6) -> dict:
     "Seconds of both ways on the same data, their ratio, and the largest difference between their figures."
     g = rng(0, "bench.evaluation")
-    keys = g.integers(0, patients, pictures)
+    keys = g.integers(0, patients, images)
     rate = g.uniform(.005, .2, findings)
-    truth = (g.random((findings, pictures)) < rate[:, None]).astype(float)
-    score = g.normal(size=(findings, pictures)) + truth
+    truth = (g.random((findings, images)) < rate[:, None]).astype(float)
+    score = g.normal(size=(findings, images)) + truth
     start = time.perf_counter()
     codes, counts = resample(keys, times)
     ours = np.stack([resampled_auc(y, s, codes, counts) for y, s in zip(truth, score)])
@@ -32,7 +32,7 @@ def bench(pictures: int = 25_000, patients: int = 3_000, findings: int = 14, tim
         drawn = np.concatenate([rows[c] for c in np.repeat(np.arange(len(counts)), counts[:, j])])
         for f in range(findings): plain[f, j] = roc_auc_score(truth[f, drawn], score[f, drawn])
     scaled = (time.perf_counter() - start) * times / loop
-    return dict(name=f"AUC intervals, {pictures} pictures x {findings} findings x {times} resamples by patient", seconds=round(vectorised, 2), peer="loop over scikit-learn, scaled",
+    return dict(name=f"AUC intervals, {images} images x {findings} findings x {times} resamples by patient", seconds=round(vectorised, 2), peer="loop over scikit-learn, scaled",
                 peer_seconds=round(scaled, 1), ratio=round(scaled / vectorised, 1), largest_difference=float(np.abs(ours[:, :loop] - plain).max()))
 
 

@@ -57,9 +57,9 @@ def test_folds_keep_patients_and_classes():
 
 def test_folds_refuse_unknown_patients_and_use_the_study():
     _, frame = wards()
-    with pytest.raises(CourseError, match="have no patient"): classical.folds(frame.assign(patient=None))
-    known = frame.assign(study=frame["patient"], patient=None)
-    for learn, judge in classical.folds(known, 3, unknown="picture"): assert not set(known["study"].iloc[learn]) & set(known["study"].iloc[judge])
+    with pytest.raises(CourseError, match="have no patient"): classical.folds(core.regroup(frame.assign(patient=None)))
+    known = core.regroup(frame.assign(study=frame["patient"], patient=None), "image")
+    for learn, judge in classical.folds(known, 3): assert not set(known["study"].iloc[learn]) & set(known["study"].iloc[judge])
 
 
 @pytest.mark.parametrize("k, sick", [(2, 1), (40, 15)])
@@ -116,8 +116,8 @@ def test_refusals(store):
     with pytest.raises(CourseError, match="share 1 patient"): classical.fit(store.using(frame.assign(split=np.where(np.arange(len(frame)) == 0, "test", frame["split"]))))
     three = frame.assign(label=pd.Categorical(frame["label"], ["NORMAL", "BACTERIA", "PNEUMONIA"]))
     with pytest.raises(CourseError, match="one yes-or-no question"): classical.fit(store.using(three))
-    with pytest.raises(CourseError, match="one yes-or-no question"): classical.fit(store.using(frame.drop(columns="label").assign(Effusion=1.)))
-    with pytest.raises(CourseError, match="no film in the split"): classical.Reader("svm", None, ["a", "b"], 64).predict(store, "nowhere")
+    with pytest.raises(CourseError, match="one yes-or-no question"): classical.fit(store.using(core.frame(frame.drop(columns="label").assign(Effusion=1.), findings=["Effusion"])))
+    with pytest.raises(CourseError, match="no image in the split"): classical.Reader("svm", None, ["a", "b"], 64).predict(store, "nowhere")
 
 
 def test_bar_is_remembered_drawn_and_another_for_other_films(store, tmp_path, monkeypatch):
@@ -129,7 +129,7 @@ def test_bar_is_remembered_drawn_and_another_for_other_films(store, tmp_path, mo
     assert str(classical.bar(store).estimate) == str(one.estimate)
     monkeypatch.setattr(classical, "fit", fitted)
     fewer = store.using(store.frame.drop(index=store.rows("test")[:4]))
-    assert classical.bar(fewer).films == one.films - 4 and len(list((tmp_path / "bars").glob("*.json"))) == 2
+    assert classical.bar(fewer).images == one.images - 4 and len(list((tmp_path / "bars").glob("*.json"))) == 2
     fig, axes = plt.subplots(2)
     one.draw(axes[0])
     one.draw(axes[1], axis="x")
@@ -156,21 +156,22 @@ def test_medmnist_file(tmp_path):
         arrays[f"{split}_images"] = (draw.integers(60, 120, (n, 28, 28)) + 60 * y[:, None, None] * (np.arange(28) < 9)).astype(np.uint8)
         arrays[f"{split}_labels"] = y[:, None].astype(np.uint8)
     np.savez(tmp_path / "pneumoniamnist.npz", **arrays)
-    store = pipelines.build(data.load(tmp_path / "pneumoniamnist.npz"), (28, 28))
-    with pytest.raises(CourseError, match="have no patient"): classical.bar(store)
-    assert classical.bar(store, unknown="picture").value > .95
+    films = data.load(tmp_path / "pneumoniamnist.npz", unknown="image")
+    store = pipelines.build(films, (28, 28))
+    with pytest.raises(CourseError, match="have no patient"): classical.bar(store.using(core.regroup(store.frame)))
+    assert classical.bar(store).value > .95
 
 
 def test_real_pneumoniamnist(real_data):
     file = real_data / "pneumoniamnist_standin.npz"
     if not file.exists(): pytest.skip(f"no {file.name} in {real_data}")
-    store = pipelines.build(data.load(file, sizes=False), (28, 28))
-    assert classical.bar(store, "logistic", n_folds=2, unknown="picture").value > .97
+    store = pipelines.build(data.load(file, sizes=False, unknown="image"), (28, 28))
+    assert classical.bar(store, "logistic", n_folds=2).value > .97
 
 
 def test_real_films(real_data):
     folder = real_data / "kaggle" / "chest_xray"
     if not folder.exists(): pytest.skip(f"no kaggle/chest_xray in {real_data}")
-    films = splits.hold_out(data.load(folder, sizes=False), .2, unknown="picture")
+    films = splits.hold_out(data.load(folder, sizes=False, unknown="image"), .2)
     some = films.groupby(["split", "label"], observed=True).head(120)
-    assert classical.bar(pipelines.build(some, (64, 64)), n_folds=3, unknown="picture").value > .9
+    assert classical.bar(pipelines.build(some, (64, 64)), n_folds=3).value > .9

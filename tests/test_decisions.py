@@ -1,4 +1,4 @@
-"Chapter 08 against scikit-learn, hand-worked cases and simulated studies."
+"Thresholds, calibration, net benefit and agreement against scikit-learn, dcurves, hand-worked cases and simulated studies."
 from __future__ import annotations
 
 import numpy as np
@@ -6,6 +6,7 @@ import pandas as pd
 import pytest
 from scipy.special import expit, logit
 from sklearn import metrics
+from sklearn.calibration import calibration_curve
 from sklearn.linear_model import LogisticRegression
 
 from cxr_course import decisions as de, evaluation as ev
@@ -34,7 +35,7 @@ def many(n=400, split="val", seed=0):
     g = rng(seed, "test.many", split)
     truth = {f: (g.random(n) < q).astype(float) for f, q in (("Effusion", .4), ("Mass", .2))}
     return frame(pd.DataFrame(dict(path=[f"{i}.png" for i in range(n)], patient=[f"p{i}" for i in range(n)], split=split, **truth,
-                                   **{f"p_{f}": expit(2 * (1.5 * y - 1 + g.normal(size=n))) for f, y in truth.items()})))
+                                   **{f"p_{f}": expit(2 * (1.5 * y - 1 + g.normal(size=n))) for f, y in truth.items()})), findings=list(truth))
 
 
 def binary(p): return (p["label"] == "PNEUMONIA").to_numpy(float), p["p_PNEUMONIA"].to_numpy()
@@ -104,7 +105,7 @@ def test_brier_agrees_and_ece_by_a_plain_loop():
     plain = sum(abs(s[i].sum() - y[i].sum()) for i in np.array_split(order, 10)) / len(y)
     assert abs(de.ece(y, s, keys).value - plain) < 1e-12
     r = de.reliability(y, s, keys)
-    assert r["films"].tolist() == [40] * 10 and abs((r["films"] * r["value"]).sum() - y.sum()) < 1e-9 and (r["low"] < r["high"]).all()
+    assert r["images"].tolist() == [40] * 10 and abs((r["images"] * r["value"]).sum() - y.sum()) < 1e-9 and (r["low"] < r["high"]).all()
 
 
 def test_brier_interval_holds_the_truth():
@@ -225,3 +226,63 @@ def test_the_interval_of_the_calibration_error_holds_the_truth(slope):
         est = de.ece(*study(rng(10, "ece", i), 400), times=200, seed=i)
         held.append(est.low <= truth <= est.high)
     assert np.mean(held) >= .92, np.mean(held)
+
+
+def small(labels, p, split="val"):
+    return ev.predictions_frame(labels, p, names=["N", "P"], patients=range(len(p)), split=split)
+
+
+@pytest.mark.parametrize("rule, value, cut", [("youden", None, .45), ("sensitivity", .5, .8), ("sensitivity", 1., .45), ("specificity", 1., .8), ("specificity", .6, .45), ("cost", .1, .8), ("cost", 5, .45)])
+def test_a_threshold_lies_half_way_to_the_next_lower_score(rule, value, cut):
+    "By hand: sick .9 and .6, healthy .7, .3 and .2. The scores that are called end at .9 or at .6; the next lower ones are .7 and .3."
+    assert abs(de.choose_threshold(small(list("PNPNN"), [.9, .7, .6, .3, .2]), rule, value) - cut) < 1e-12
+
+
+def test_a_threshold_that_calls_all_or_none():
+    assert abs(de.choose_threshold(small(list("PPN"), [.9, .6, .6]), "sensitivity", 1.) - .3) < 1e-12              # below the lowest score: half-way to 0
+    assert de.choose_threshold(small(list("NPP"), [.9, .5, .4]), "specificity", 1.) > .9                           # above the highest
+
+
+def test_choosing_needs_to_know_what_images_were_for():
+    for call in (de.choose_threshold, de.calibrate):
+        with pytest.raises(CourseError, match="no column `split`"): call(two().drop(columns="split"))
+
+
+# dcurves 1.1.7 (Python 3.11): dcurves.dca(data=DataFrame(dict(y=y, p=p)), outcome="y", modelnames=["p"], thresholds=[.05, .1, .2, .35, .5, .7])
+DCURVES = dict(
+    y="000110100011100000001101100000011101010110000010000010110000",
+    p=[.171, .333, .204, .652, .335, .186, .575, .5, .561, .098, .427, .759, .184, .204, .269, .588, .448, .227, .22, .24, .883, .518, .231, .701, .594, .25, .118, .287, .207, .566,
+       .439, .617, .763, .54, .538, .621, .422, .312, .365, .234, .177, .231, .142, .324, .793, .15, .469, .333, .4, .254, .249, .451, .735, .126, .604, .631, .124, .345, .147, .518],
+    thresholds=[.05, .1, .2, .35, .5, .7],
+    model=[.315789473684, .27962962963, .191666666667, .15, .116666666667, .044444444444],
+    all=[.315789473684, .277777777778, .1875, 0., -.3, -1.166666666667])
+
+
+def test_net_benefit_is_that_of_dcurves():
+    curve = de.net_benefit(small([int(c) for c in DCURVES["y"]], DCURVES["p"], "test"), DCURVES["thresholds"], times=50)
+    for name in ("model", "all"): assert np.allclose(curve[name], DCURVES[name], atol=1e-11)
+    assert (curve["none"] == 0).all()
+
+
+def test_net_benefit_and_reliability_ask_one_question():
+    for call in (de.net_benefit, lambda p: de.plot_reliability({"it": p})):
+        for p in (three(split="test"), many(split="test")):
+            with pytest.raises(CourseError, match="one yes-or-no question"): call(p)
+
+
+def test_reliability_is_that_of_scikit_learn():
+    p = two()
+    y, s = binary(p)
+    so, said = calibration_curve(y, s, n_bins=10, strategy="quantile")
+    r = de.reliability(y, s, p["patient"])
+    assert np.allclose(r["value"], so, atol=1e-12) and np.allclose(r["said"], said, atol=1e-12)
+
+
+def test_platt_of_perfect_predictions_is_finite():
+    p = two().assign(p_PNEUMONIA=lambda d: np.where(d["label"] == "PNEUMONIA", .8, .2), p_NORMAL=lambda d: 1 - d["p_PNEUMONIA"])
+    assert np.isfinite(de.calibrate(p, "platt").apply(p)["p_PNEUMONIA"]).all()
+
+
+def test_readers_of_other_images_are_not_compared():
+    with pytest.raises(CourseError, match="same images"): de.cohen_kappa([1, 0], [1, 0, 1], range(2))
+    with pytest.raises(CourseError, match="same images"): de.cohen_kappa([1, 0], [1, 0], range(3))

@@ -1,4 +1,4 @@
-"Chapter 07 against independent sources: scikit-learn, hand-worked cases, published examples, and simulated studies whose truth is known."
+"Curves, intervals, metrics and reports against independent sources: scikit-learn, SciPy, hand-worked cases, published examples, and simulated studies."
 from __future__ import annotations
 
 import json
@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pandas as pd
 import pytest
-from scipy.stats import norm
+from scipy.stats import binomtest, bootstrap, norm
 from sklearn import metrics
 
 from cxr_course import evaluation as ev
@@ -33,7 +33,7 @@ def films(n=200, kind="binary", patients=80, seed=0, split="test"):
         return frame(pd.DataFrame({**rows, "label": np.array(names)[y], **{f"p_{c}": p[:, i] for i, c in enumerate(names)}}), labels=names)
     truth = {f: (g.random(n) < q).astype(float) for f, q in (("Effusion", .3), ("Mass", .1), ("Hernia", 0))}
     for y in truth.values(): y[g.random(n) < .05] = np.nan
-    return frame(pd.DataFrame({**rows, **truth, **{f"p_{f}": 1 / (1 + np.exp(-(np.nan_to_num(y) + own + g.normal(size=n)))) for f, y in truth.items()}}))
+    return frame(pd.DataFrame({**rows, **truth, **{f"p_{f}": 1 / (1 + np.exp(-(np.nan_to_num(y) + own + g.normal(size=n)))) for f, y in truth.items()}}), findings=list(truth))
 
 
 @pytest.mark.parametrize("decimals", [12, 1])            # without ties and with many
@@ -166,8 +166,8 @@ def test_a_report_of_each_kind_is_saved_whole(kind, tmp_path):
     folder = r.save(tmp_path / "report")
     page, data = (folder / "report.html").read_text(), json.loads((folder / "report.json").read_text())
     assert sorted(f.name for f in folder.iterdir()) == ["report.html", "report.json", "report.png"]
-    assert page.count("<h1>") == 1 and "<script" not in page and "http" not in page.replace("http-equiv", "") and "src='data:image/png;base64," in page
-    assert (folder / "report.png").read_bytes()[:4] == b"\x89PNG" and data["films"] == 200 and len(data["values"]) == len(r.values)
+    assert page.count("<h1>") == 1 and "<script" not in page and "http" not in page.replace("http-equiv", "") and "src=\"data:image/png;base64," in page
+    assert (folder / "report.png").read_bytes()[:4] == b"\x89PNG" and data["images"] == 200 and len(data["values"]) == len(r.values)
     assert "<img" in r._repr_html_() and repr(r)
     with pytest.raises(CourseError, match="never overwritten"): r.save(folder)
     r.save(folder, overwrite=True)
@@ -182,18 +182,18 @@ def test_every_estimate_lies_within_its_interval():
 
 
 def test_patients_missing_raise_unless_the_caller_says_so():
-    p = films().assign(patient=None)
-    for call in (ev.evaluate, ev.report, ev.aucs, ev.subgroups, ev.by_class, ev.errors):
+    p = frame(films().assign(patient=None, group=None))
+    for call in (ev.evaluate, ev.report, ev.aucs, ev.subgroups, ev.by_class, ev.errors, ev.by_size, ev.plot_roc):
         with pytest.raises(CourseError, match="have no patient"): call(p)
-    assert "NOT purely by patient: 200 single films" in ev.report(p, threshold=.5, unknown="picture", times=50).notes[-1]
+    assert "NOT purely by patient: 200 single images" in ev.report(frame(p, unknown="image"), threshold=.5, times=50).notes[-1]
     p["study"] = [f"s{i // 4}" for i in range(200)]
-    assert "50 examinations" in ev.report(p, threshold=.5, unknown="picture", times=50).notes[-1]
+    assert "50 examinations" in ev.report(frame(p, unknown="image"), threshold=.5, times=50).notes[-1]
 
 
 def test_faults_in_the_frame():
     p = films()
     with pytest.raises(CourseError, match="sum to one"): ev.checked(p.assign(p_NORMAL=p["p_NORMAL"] + .01))
-    with pytest.raises(CourseError, match="1 of 200 films have no usable"): ev.checked(p.assign(p_NORMAL=[np.nan, *p["p_NORMAL"][1:]]))
+    with pytest.raises(CourseError, match="1 of 200 images have no usable"): ev.checked(p.assign(p_NORMAL=[np.nan, *p["p_NORMAL"][1:]]))
     with pytest.raises(CourseError, match="every class"): ev.checked(p.drop(columns="p_NORMAL"))
     with pytest.raises(CourseError, match="known truth"): ev.checked(p.assign(label=pd.Categorical([None] * 200, ["NORMAL", "PNEUMONIA"])))
     with pytest.raises(CourseError, match="between two classes"): ev.report(films(kind="three"), threshold=.5)
@@ -203,20 +203,20 @@ def test_faults_in_the_frame():
 
 def test_absent_classes_unknown_labels_and_ties_are_counted_and_said():
     many = ev.aucs(films(kind="many"))
-    assert np.isnan(many.loc["Hernia", "value"]) and many.loc["Hernia", "note"] == "no film shows it" and many.loc["macro", "note"] == "mean of 2 of 3"
+    assert np.isnan(many.loc["Hernia", "value"]) and many.loc["Hernia", "note"] == "no image shows it" and many.loc["macro", "note"] == "mean of 2 of 3"
     assert abs(many.loc["macro", "value"] - many.loc[["Effusion", "Mass"], "value"].mean()) < 1e-12
     p = films()
     p.loc[:9, "label"] = None
     p["p_PNEUMONIA"] = p["p_PNEUMONIA"].round(1)
     p["p_NORMAL"] = 1 - p["p_PNEUMONIA"]
     notes = " ".join(ev.report(p, times=50).notes)
-    assert "10 of 200 films have no label" in notes and "Tied scores" in notes and "not chosen for this model" in notes
+    assert "10 of 200 images have no label" in notes and "Tied scores" in notes and "not chosen for this model" in notes
     known = p["label"].notna()
     assert abs(ev.auc(*ev.questions(p)["PNEUMONIA"]) - metrics.roc_auc_score(p["label"][known] == "PNEUMONIA", p["p_PNEUMONIA"][known])) < 1e-12
     assert ev.confusion(p, .5).to_numpy().sum() == 190
     sick = films()
     only = ev.report(sick[sick["label"] == "PNEUMONIA"], threshold=.5, times=50)
-    assert "every film shows it" in " ".join(only.notes) and only.html()
+    assert "every image shows it" in " ".join(only.notes) and only.html()
 
 
 def test_perfect_separation_is_not_called_certain():
@@ -235,7 +235,7 @@ def test_three_classes_agree_with_scikit_learn():
         for ours, key in (("precision", "precision"), ("recall", "recall"), ("f1", "f1-score")): assert abs(row[ours].value - theirs[c][key]) < 1e-12
     m = ev.errors(p)
     sick = (p["label"] != "NORMAL").to_numpy()
-    assert m.loc["missed", "films"] == ((said == "NORMAL").to_numpy() & sick).sum() and m.loc["wrong kind", "films"] + m.loc["missed", "films"] == (sick & (said != p["label"]).to_numpy()).sum()
+    assert m.loc["missed", "images"] == ((said == "NORMAL").to_numpy() & sick).sum() and m.loc["wrong kind", "images"] + m.loc["missed", "images"] == (sick & (said != p["label"]).to_numpy()).sum()
     assert abs(m.loc["right, sick or healthy", "share"].value - ((said != "NORMAL").to_numpy() == sick).mean()) < 1e-12
     macro = metrics.roc_auc_score(p["label"].cat.codes, p[[f"p_{c}" for c in names]], multi_class="ovr")
     assert abs(ev.aucs(p).loc["macro", "value"] - macro) < 1e-12
@@ -248,7 +248,7 @@ def test_small_groups_are_not_spoken_of():
     small = g[g["group"] == "C"]
     assert len(small) == 1 and np.isnan(small["value"].iloc[0]) and "too few patients" in small["note"].iloc[0]
     assert set(g["by"]) == {"age", "sex", "source", "size"}            # the view does not vary, so it is passed over
-    assert g.loc[g["by"] == "size", ["group", "films"]].drop_duplicates()["films"].sum() == 200
+    assert g.loc[g["by"] == "size", ["group", "images"]].drop_duplicates()["images"].sum() == 200
 
 
 def test_subgroups_without_size_or_age_are_quiet():
@@ -259,4 +259,204 @@ def test_subgroups_without_size_or_age_are_quiet():
 
 def test_no_tensorflow_and_no_matplotlib_at_import():
     code = "import sys, cxr_course.decisions; assert not {'tensorflow', 'keras', 'matplotlib'} & set(sys.modules), 'too heavy'"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def skewed(n, decimals):
+    "Numbers whose variance has a skewed sampling distribution; rounded, their resampled medians tie."
+    return np.round(rng(20, "bca").exponential(size=n) ** 1.5, decimals)
+
+
+@pytest.mark.parametrize("statistic, decimals", [(np.var, 12), (np.median, 1), (np.mean, 12)])
+@pytest.mark.parametrize("level", [.95, .8])
+def test_bca_is_that_of_scipy(statistic, decimals, level):
+    "The same resamples and the same jackknife must give the same interval; dropping the acceleration or the ties moves it by 3 to 40 % of its width."
+    x = skewed(60, decimals)
+    theirs = bootstrap((x,), statistic, method="BCa", n_resamples=1999, confidence_level=level, rng=np.random.default_rng(1))
+    left = np.array([statistic(np.delete(x, i)) for i in range(len(x))])
+    ours = ev.interval(float(statistic(x)), theirs.bootstrap_distribution, left, level)
+    assert abs(ours.low - theirs.confidence_interval.low) < 1e-9 and abs(ours.high - theirs.confidence_interval.high) < 1e-9
+    plain = ev.interval(float(statistic(x)), theirs.bootstrap_distribution, None, level)
+    assert abs(plain.low - ours.low) + abs(plain.high - ours.high) > .03 * (ours.high - ours.low)
+
+
+@pytest.mark.parametrize("decimals", [12, 1])
+def test_the_bca_interval_of_an_auc_is_that_of_scipy(decimals):
+    g = rng(21, "bca.auc")
+    y = (np.arange(80) < 14).astype(float)
+    s = np.round(g.exponential(size=80) + 1.2 * y, decimals)
+    theirs = bootstrap((np.arange(80),), lambda i: ev.auc(y[i], s[i]), method="BCa", n_resamples=999, vectorized=False, rng=np.random.default_rng(2))
+    ours = ev.interval(ev.auc(y, s), theirs.bootstrap_distribution, ev.left_out_auc(y, s, np.arange(80), 80))
+    assert abs(ours.low - theirs.confidence_interval.low) < 1e-9 and abs(ours.high - theirs.confidence_interval.high) < 1e-9
+
+
+def test_fewer_than_twenty_usable_studies_give_no_interval():
+    usable = np.linspace(.6, .9, 20)
+    gone = np.full(980, np.nan)
+    assert np.isnan(ev.interval(.8, np.r_[usable[:19], gone]).low) and "too few" in ev.interval(.8, np.r_[usable[:19], gone]).note
+    kept = ev.interval(.8, np.r_[usable, gone])
+    assert .6 <= kept.low < kept.high <= .9 and "980 of 1000" in kept.note
+    assert np.isnan(ev.interval(float("nan"), usable).value)
+
+
+@pytest.mark.parametrize("hits, low, high", [(20, .566, 1), (0, 0, .434)])
+def test_all_or_none_are_counted_by_patient(hits, low, high):
+    "Twenty images of five patients are worth five: Wilson's interval for 5 of 5, not for 20 of 20 (which begins at .839)."
+    hit = np.arange(20) < hits
+    est = ev.share(hit, np.repeat(list("abcde"), 4))
+    assert (round(est.low, 3), round(est.high, 3)) == (low, high)
+    theirs = binomtest(5 * hits // 20, 5).proportion_ci(method="wilson")
+    assert abs(est.low - theirs.low) < 1e-12 and abs(est.high - theirs.high) < 1e-12
+    unequal = ev.share(hit, np.repeat(list("abcde"), [16, 1, 1, 1, 1]))                     # nearly all of them one patient's: worth less still
+    assert unequal.high - unequal.low > est.high - est.low
+    single = binomtest(hits, 20).proportion_ci(method="wilson")
+    for keys in (None, np.arange(20)): assert np.allclose(ev.share(hit, keys)[1:3], [single.low, single.high], atol=1e-12)
+
+
+def test_a_share_needs_a_patient_for_every_image():
+    with pytest.raises(CourseError, match="one patient an image"): ev.share(np.ones(20), range(19))
+    assert np.isnan(ev.share([]).value) and ev.share([]).note == "nothing to count"
+
+
+@pytest.mark.parametrize("call, words", [
+    (lambda y, s: ev.auc(y, s[1:]), "one value an image"),
+    (lambda y, s: ev.auc(s, y), "truth, then score"),
+    (lambda y, s: ev.compare(y, s, s[1:]), "on the same images"),
+    (lambda y, s: ev.compare(y, s, s, range(3)), "one value an image"),
+    (lambda y, s: ev.compare(s, y, s), "truth, then score"),
+    (lambda y, s: ev.compare(films(), y, s), "compare_models"),
+    (lambda y, s: ev.auc_interval(y, s, range(3)), "one value an image"),
+    (lambda y, s: ev.operating_points(y, s, [.5], range(3)), "one value an image"),
+    (lambda y, s: ev.ratio(y, s, range(3)), "one value an image"),
+])
+def test_arrays_that_do_not_belong_together_are_refused_in_words(call, words):
+    y, s = np.array([1., 0, 1, 0, 1]), np.array([.9, .8, .7, .2, .1])
+    with pytest.raises(CourseError, match=words): call(y, s)
+
+
+def test_models_of_one_class_are_not_compared():
+    gap, p = ev.compare(np.ones(5), np.arange(5.), np.arange(5.))
+    assert np.isnan(gap.value) and gap.note == "every image shows it" and np.isnan(p)
+
+
+@pytest.mark.parametrize("kind", ["binary", "three", "many"])
+def test_frames_are_compared_image_by_image(kind):
+    one, g = films(kind=kind), rng(22, "compare")
+    columns = [c for c in one if c.startswith("p_")]
+    p = one[columns].to_numpy() ** .5 * g.uniform(.5, 1, (200, len(columns)))
+    other = one.assign(**dict(zip(columns, (p if kind == "many" else p / p.sum(axis=1, keepdims=True)).T)))
+    found = ev.compare_models(one, other.sample(frac=1, random_state=1))
+    for name, (y, s) in ev.questions(one).items():
+        gap, chance = ev.compare(y, s, other[f"p_{name}"].to_numpy(), one["patient"])
+        assert np.allclose(found.loc[name, ["value", "low", "high", "p"]].astype(float), [*gap[:3], chance], atol=1e-12, equal_nan=True)
+    with pytest.raises(CourseError, match="1 images are only in the first, 0"): ev.compare_models(one, other.iloc[1:])
+    with pytest.raises(CourseError, match="by their column `path`"): ev.compare_models(one, other.drop(columns="path"))
+    with pytest.raises(CourseError, match="by their column `path`"): ev.compare_models(one, other.assign(path="x"))
+
+
+def test_frames_of_other_questions_or_other_truths_are_not_compared():
+    with pytest.raises(CourseError, match="same question"): ev.compare_models(films(), films(kind="three"))
+    turned = films().assign(label=lambda d: d["label"].cat.rename_categories({"NORMAL": "PNEUMONIA", "PNEUMONIA": "NORMAL"}).cat.reorder_categories(["NORMAL", "PNEUMONIA"]))
+    with pytest.raises(CourseError, match="agree on the truth of PNEUMONIA"): ev.compare_models(films(), turned)
+
+
+def test_one_mean_auc_for_every_kind():
+    for kind in ("binary", "three", "many"):
+        p = films(kind=kind)
+        assert abs(ev.macro_auc(p) - ev.aucs(p, times=50)["value"].iloc[-1]) < 1e-12
+    sick = films()[lambda d: d["label"] == "PNEUMONIA"]
+    assert np.isnan(ev.macro_auc(sick))
+
+
+def test_predictions_of_scikit_learn():
+    from sklearn.linear_model import LogisticRegression
+    g = rng(23, "sklearn.predictions")
+    x, who = g.normal(size=(300, 4)), g.integers(0, 90, 300)
+    for k, names in ((2, ["NORMAL", "PNEUMONIA"]), (3, ["NORMAL", "BACTERIA", "VIRUS"])):
+        y = (x[:, 0] + g.normal(size=300) > 0).astype(int) + (k == 3) * (x[:, 1] > 0)
+        p = LogisticRegression().fit(x, y).predict_proba(x)
+        made = ev.predictions_frame(y, p, names=names, patients=who)
+        theirs = metrics.roc_auc_score(y, p[:, 1]) if k == 2 else metrics.roc_auc_score(y, p, multi_class="ovr")
+        assert abs(ev.macro_auc(made) - theirs) < 1e-12 and abs(ev.evaluate(made, times=50).set_index(["of", "metric"]).loc[("all", "accuracy"), "value"] - (p.argmax(axis=1) == y).mean()) < .01
+        assert ev.report(made, threshold=.5 if k == 2 else None, times=50).html()
+        for truth in (np.array(names)[y], list(np.array(names)[y]), pd.Series(y), pd.Series(np.array(names)[y]).astype("category"), y[:, None], y.astype(float)):
+            assert ev.predictions_frame(truth, p, names=names, patients=who).equals(made)
+    one = ev.predictions_frame(y > 1, p[:, 2], names=["other", "VIRUS"], patients=who)
+    assert np.allclose(one["p_other"], 1 - p[:, 2]) and one["label"].value_counts()["VIRUS"] == (y > 1).sum()
+
+
+class Tensor:
+    "What a tensor of another library shows of itself: numbers only after `detach` and `cpu`."
+    def __init__(self, values, steps=("detach", "cpu")): self.values, self.steps = np.asarray(values, "float32"), steps
+    def detach(self): return Tensor(self.values, self.steps[1:])
+    def cpu(self): return Tensor(self.values, self.steps[1:])
+    def __array__(self, dtype=None, copy=None):
+        if self.steps: raise TypeError("still on the device")
+        return self.values
+
+
+def test_predictions_of_another_library_and_findings_with_gaps():
+    g = rng(24, "tensor")
+    truth = np.where(g.random((200, 3)) < .1, np.nan, g.random((200, 3)) < .3)
+    p = g.random((200, 3)).astype("float32")
+    made = ev.predictions_frame(Tensor(truth), Tensor(p), names=["Effusion", "Mass", "Hernia"], patients=range(200), about={"age": [40.] * 200, "smoker": [1] * 200})
+    assert list(ev.questions(made)) == ["Effusion", "Mass", "Hernia"] and made["smoker"].sum() == 200          # a column about the patient is no finding
+    known = ~np.isnan(truth[:, 0])
+    assert abs(ev.auc(*ev.questions(made)["Effusion"]) - metrics.roc_auc_score(truth[known, 0], p[known, 0])) < 1e-6
+    alone = ev.predictions_frame(truth[:, 0], p[:, 0], names=["Effusion"], patients=range(200))
+    assert ev.report(alone, threshold=.5, times=50).html() and list(ev.questions(alone)) == ["Effusion"]
+    assert ev.evaluate(alone, times=50)["of"].unique().tolist() == ["Effusion"] and ev.report(alone, times=50).sentences
+
+
+@pytest.mark.parametrize("change, words", [
+    (dict(truth=[0, 1, 2]), "none of the classes"), (dict(truth=["N", "P", "Q"]), "none of the classes"), (dict(truth=[0, 1]), "truth 2, probabilities 3"),
+    (dict(truth=[None] * 3), "known truth"), (dict(probabilities=[.1, .2, 1.2]), "no usable probability"), (dict(probabilities=[.1, .2, np.nan]), "no usable probability"),
+    (dict(probabilities=[[.5, .6]] * 3), "sum to one"), (dict(probabilities=[[.5, .3, .2]] * 3), "2 names need 2 columns"), (dict(names=["N", "P", "Q"]), "3 names need 3 columns"),
+    (dict(patients=["a", "b"]), "patients 2"), (dict(paths=["a"]), "paths 1"), (dict(about={"age": [1]}), "about 1"), (dict(truth=np.eye(3)[:, :2] + .5), "must be 1, 0 or missing"),
+    (dict(truth=np.eye(3)), "2 findings need 2 columns"),
+])
+def test_predictions_that_cannot_be_are_refused_in_words(change, words):
+    given = dict(truth=[0, 1, 0], probabilities=[.1, .9, .4], names=["N", "P"]) | change
+    if np.ndim(given["truth"]) == 2: given["probabilities"] = [[.5, .5]] * 3
+    with pytest.raises(CourseError, match=words): ev.predictions_frame(given.pop("truth"), given.pop("probabilities"), **given)
+
+
+@pytest.mark.parametrize("lacking", [["path"], ["patient", "group"], ["split"], ["height", "width"], ["path", "split", "view", "source", "height", "width"]])
+def test_frames_that_lack_columns_are_told_so_or_do_without(lacking):
+    p = films().drop(columns=lacking)
+    if "patient" in lacking:
+        for call in (ev.evaluate, ev.report, ev.aucs, ev.subgroups, ev.by_class, ev.errors, ev.plot_roc):
+            with pytest.raises(CourseError, match="no column `patient`"): call(p)
+        return
+    assert ev.report(p, threshold=.5, times=50).html()
+    with pytest.raises(CourseError, match="no usable probability"): ev.checked(p.assign(p_NORMAL=2.))
+
+
+def test_a_file_from_any_program(tmp_path):
+    p = films()
+    for sep in (",", ";", "\t"):
+        p[["path", "patient", "label", "age", "p_NORMAL", "p_PNEUMONIA"]].to_csv(tmp_path / "ours.csv", index=False, sep=sep)
+        read = ev.read_predictions(tmp_path / "ours.csv")
+        assert ev.aucs(read, times=50).equals(ev.aucs(p, times=50)) and read["age"].tolist() == p["age"].tolist()
+    theirs = pd.DataFrame(dict(pid=[f"{i:03}" for i in range(200)], dx=(p["label"] == "PNEUMONIA").astype(int), score=p["p_PNEUMONIA"]))
+    theirs.to_csv(tmp_path / "theirs.csv", index=False)
+    words = dict(names=["NORMAL", "PNEUMONIA"], columns={"pid": "patient", "dx": "label", "score": "p_PNEUMONIA"})
+    read = ev.read_predictions(tmp_path / "theirs.csv", **words)
+    assert read["patient"].iloc[7] == "007" and abs(ev.macro_auc(read) - ev.macro_auc(p)) < 1e-12
+    many = films(kind="many")
+    many[["path", "patient", "Effusion", "Mass", "p_Effusion", "p_Mass"]].to_csv(tmp_path / "many.csv", index=False)
+    read = ev.read_predictions(tmp_path / "many.csv")
+    assert list(ev.questions(read)) == ["Effusion", "Mass"] and read["Mass"].isna().sum() == many["Mass"].isna().sum()
+    for name, change, match in (("theirs.csv", dict(columns=None), "probability for every name"), ("theirs.csv", dict(columns={"score": "p_PNEUMONIA"}), "does not give the truth"), ("none.csv", {}, "cannot be read")):
+        with pytest.raises(CourseError, match=match): ev.read_predictions(tmp_path / name, **words | change)
+    (tmp_path / "empty.csv").write_text("")
+    (tmp_path / "image.csv").write_bytes(b"\x89PNG\r\n\x1a\n\x00\xff\xfe")
+    for name in ("empty.csv", "image.csv"):
+        with pytest.raises(CourseError): ev.read_predictions(tmp_path / name)
+
+
+def test_statistics_know_nothing_of_evaluation_and_evaluation_nothing_of_networks():
+    code = "import sys, cxr_course.intervals, cxr_course.bootstrap; assert not {'cxr_course.predictions', 'cxr_course.metrics', 'cxr_course.evaluation'} & set(sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+    code = "import sys, cxr_course.decisions, cxr_course.evaluation, cxr_course.rare_findings, cxr_course.finding_weights; assert not {'tensorflow', 'keras', 'matplotlib', 'sklearn'} & set(sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -9,7 +9,7 @@ keras = pytest.importorskip("keras")
 import tensorflow as tf
 from scipy.special import expit, log_softmax, softmax
 
-from cxr_course import cnn, core, data, imbalance, pipelines, splits, training
+from cxr_course import cnn, core, data, decisions, evaluation, imbalance, losses, phantom, pipelines, splits, training
 from cxr_course.core import CourseError
 from cxr_course.imbalance import SigmoidLoss, SoftmaxLoss
 
@@ -92,10 +92,10 @@ def test_unknown_labels_change_nothing():
 
 def test_without_weights_it_is_the_usual_loss():
     y, z = films()
-    assert np.isclose(gradient(SigmoidLoss(), y, z)[0], float(training.cross_entropy(y, z)), rtol=1e-5)
+    assert np.isclose(gradient(SigmoidLoss(), y, z)[0], float(losses.cross_entropy(y, z)), rtol=1e-5)
     classes = np.arange(40) % 3
-    assert np.isclose(gradient(SoftmaxLoss([1, 1, 1]), classes, z)[0], float(training.cross_entropy(classes, z)), rtol=1e-5)
-    assert np.isclose(gradient(SigmoidLoss(), classes % 2, z[:, :1])[0], float(training.cross_entropy(classes % 2, z[:, :1])), rtol=1e-5)
+    assert np.isclose(gradient(SoftmaxLoss([1, 1, 1]), classes, z)[0], float(losses.cross_entropy(classes, z)), rtol=1e-5)
+    assert np.isclose(gradient(SigmoidLoss(), classes % 2, z[:, :1])[0], float(losses.cross_entropy(classes % 2, z[:, :1])), rtol=1e-5)
     binary = (classes == 0)[:, None].astype("float32")
     ours, theirs = SigmoidLoss(.25, .75, 2.), keras.losses.BinaryFocalCrossentropy(apply_class_balancing=True, alpha=.25, gamma=2., from_logits=True)
     assert np.isclose(float(ours(binary, z[:, :1])), float(theirs(binary, z[:, :1].astype("float32"))), rtol=1e-4)
@@ -154,7 +154,7 @@ def test_true_odds_is_weighting_and_correcting_in_one():
     for one, other in zip(gradient(b, y, z), gradient(a, y, z + np.log([6., 2., 18.]))): assert np.allclose(one, other, atol=1e-6)
     classes, c, d = np.arange(40) % 3, SoftmaxLoss([1, 2, 4]), SoftmaxLoss([1, 2, 4], true_odds=True)
     for one, other in zip(gradient(d, classes, z), gradient(c, classes, z + np.log([1, 2, 4]))): assert np.allclose(one, other, atol=1e-6)
-    frame = core.frame(pd.DataFrame(dict(path=[str(i) for i in range(100)], split="train", F=np.r_[np.ones(5), np.zeros(95)])))
+    frame = core.frame(pd.DataFrame(dict(path=[str(i) for i in range(100)], split="train", F=np.r_[np.ones(5), np.zeros(95)])), findings=["F"])
     start = imbalance.start_bias(cnn.build(cnn.Spec((2,), ()), (16, 16, 1), 1), frame, imbalance.loss_for(frame, true_odds=True))
     assert np.isclose(start.layers[-1].layers[-1].bias.numpy()[0], np.log(5 / 95), atol=1e-5)
     for wrong in (dict(gamma=2.), dict(negative=0.)):
@@ -163,10 +163,10 @@ def test_true_odds_is_weighting_and_correcting_in_one():
 
 def test_validation_is_judged_by_one_measure():
     y, z = films()
-    plain, classes = float(training.cross_entropy(y, z)), np.arange(40) % 3
+    plain, classes = float(losses.cross_entropy(y, z)), np.arange(40) % 3
     assert np.isclose(float(SigmoidLoss([3., 1., 9.], .5).judge(y, z + np.log([6., 2., 18.]))), plain, rtol=1e-4)
     assert np.isclose(float(SigmoidLoss([3., 1., 9.], .5, true_odds=True).judge(y, z)), plain, rtol=1e-4)
-    assert np.isclose(float(SoftmaxLoss([1, 2, 4]).judge(classes, z + np.log([1, 2, 4]))), float(training.cross_entropy(classes, z)), rtol=1e-4)
+    assert np.isclose(float(SoftmaxLoss([1, 2, 4]).judge(classes, z + np.log([1, 2, 4]))), float(losses.cross_entropy(classes, z)), rtol=1e-4)
     for loss in (SigmoidLoss(250., .5), SigmoidLoss(.25, .75, 2.)):
         for logit in (1000., -1000., 0.): assert np.isfinite(float(loss.judge(y, np.full((40, 3), logit, "float32"))))
 
@@ -176,9 +176,9 @@ def test_refusals():
     with pytest.raises(CourseError, match="gamma"): SigmoidLoss(1., gamma=-1)
     with pytest.raises(CourseError, match="finite"): SoftmaxLoss([1, np.inf])
     with pytest.raises(CourseError, match="3 logits for 2 weights"): SigmoidLoss([1, 2])(np.zeros((4, 3)), np.zeros((4, 3)))
-    with pytest.raises(CourseError, match="one label a film"): SigmoidLoss()(np.zeros(4), np.zeros((4, 2)))
+    with pytest.raises(CourseError, match="one label an image"): SigmoidLoss()(np.zeros(4), np.zeros((4, 2)))
     with pytest.raises(CourseError, match="3 logits for 2 classes"): SoftmaxLoss([1, 2])(np.zeros(4), np.zeros((4, 3)))
-    with pytest.raises(CourseError, match="no training film"): imbalance.class_weights([0, 2])
+    with pytest.raises(CourseError, match="no training image"): imbalance.class_weights([0, 2])
 
 
 @pytest.fixture(scope="module")
@@ -204,17 +204,17 @@ def test_an_epoch_with_unknown_labels(store, kind, tmp_path):
 def test_an_epoch_on_classes_drawn_evenly(classes, tmp_path):
     frame = splits.hold_out(data.load("sample", classes=classes), .3)
     store = pipelines.build(frame, (24, 24))
-    drawn = store.using(imbalance.even_rows(store.frame, films=60))
+    drawn = store.using(imbalance.even_rows(store.frame, images=60))
     assert drawn.frame[drawn.frame["split"] == "train"]["label"].value_counts().tolist() == [60 // classes] * classes
     loss = imbalance.loss_for(store)
     model = imbalance.start_bias(cnn.build(cnn.Spec((4,), (4,)), (24, 24, 1), 1 if classes == 2 else 3), store, loss)
     run = training.fit(model, drawn, run=tmp_path / "run", epochs=1, loss=loss)
-    assert run.card["data"]["splits"]["train"]["films"] == 60 and np.isfinite(run.history["val_loss"]).all()
+    assert run.card["data"]["splits"]["train"]["images"] == 60 and np.isfinite(run.history["val_loss"]).all()
 
 
 def test_start_bias_is_the_best_constant():
     y = np.r_[np.ones(5), np.zeros(95)]
-    frame = core.frame(pd.DataFrame(dict(path=[str(i) for i in range(100)], split="train", F=y, G=np.nan, H=0.)))
+    frame = core.frame(pd.DataFrame(dict(path=[str(i) for i in range(100)], split="train", F=y, G=np.nan, H=0.)), findings=["F", "G", "H"])
     model = cnn.build(cnn.Spec((2,), ()), (16, 16, 1), 3)
     bias = imbalance.start_bias(model, frame).layers[-1].layers[-1].bias.numpy()
     assert np.allclose(bias[:2], [np.log(5 / 95), 0], atol=1e-5) and np.isfinite(bias).all() and bias[2] < -4
@@ -226,18 +226,19 @@ def test_start_bias_is_the_best_constant():
 
 
 def test_even_rows_findings_and_unknown_patients():
-    frame = core.frame(pd.DataFrame(dict(path=[str(i) for i in range(50)], patient=[f"p{i // 5}" for i in range(50)], split="train", F=[1.] + [0.] * 49, G=[0.] * 40 + [1.] * 10)))
-    drawn = imbalance.even_rows(frame, films=30, seed=3)
-    assert (drawn["F"] == 1).sum() == 10 == (drawn["G"] == 1).sum() and drawn.equals(imbalance.even_rows(frame, films=30, seed=3))
+    frame = core.frame(pd.DataFrame(dict(path=[str(i) for i in range(50)], patient=[f"p{i // 5}" for i in range(50)], split="train", F=[1.] + [0.] * 49, G=[0.] * 40 + [1.] * 10)), findings=["F", "G"])
+    drawn = imbalance.even_rows(frame, images=30, seed=3)
+    assert (drawn["F"] == 1).sum() == 10 == (drawn["G"] == 1).sum() and drawn.equals(imbalance.even_rows(frame, images=30, seed=3))
     assert drawn.loc[drawn["G"] == 1, "patient"].value_counts().tolist() == [5, 5]
-    with pytest.raises(CourseError, match="no patient"): imbalance.even_rows(frame.assign(patient=None))
-    assert len(imbalance.even_rows(frame.assign(patient=None), unknown="picture")) == 50
+    nobody = core.regroup(frame.assign(patient=None))
+    with pytest.raises(CourseError, match="no patient"): imbalance.even_rows(nobody)
+    assert len(imbalance.even_rows(core.regroup(nobody, "image"))) == 50
 
 
 def test_too_rare_to_judge():
     draw = core.rng("rare")
     n = 400
-    frame = core.frame(pd.DataFrame(dict(path=[str(i) for i in range(n)], patient=[f"p{i // 2}" for i in range(n)], rare=[1.] * 12 + [0.] * (n - 12), some=[1., 1., 0, 0] * 25 + [0.] * 300, many=[1., 1., 0, 0] * 100)))
+    frame = core.frame(pd.DataFrame(dict(path=[str(i) for i in range(n)], patient=[f"p{i // 2}" for i in range(n)], rare=[1.] * 12 + [0.] * (n - 12), some=[1., 1., 0, 0] * 25 + [0.] * 300, many=[1., 1., 0, 0] * 100)), findings=["rare", "some", "many"])
     p = frame.assign(p_rare=draw.random(n), p_some=draw.random(n), p_many=draw.random(n))
     found = imbalance.judged(p, times=50)
     assert found.loc["rare", "patients"] == 6 and found.loc["rare", "positives"] == 12 and np.isnan(found.loc["rare", "value"]) and "6 patients" in found.loc["rare", "note"]
@@ -248,3 +249,67 @@ def test_too_rare_to_judge():
 def test_the_real_lists_share_patients(real_data):
     frame = data.load(real_data / "nih").assign(split=None)
     with pytest.raises(CourseError, match="share 15 patients"): splits.official(frame, real_data / "nih" / "lists.json")
+
+
+def test_more_patients_let_more_findings_be_judged():
+    "Two hundred images of few patients can judge hardly anything; 450 people with one image each more than eight findings."
+    few, more = (phantom.world(n, seed=16, kind="nih", films=per) for n, per in ((75, (1, 4)), (450, (1, 1))))
+    found = []
+    for world in (few, more):
+        truth = world[list(phantom.FINDINGS)].to_numpy(float)
+        p = evaluation.predictions_frame(truth, core.rng("judged").random(truth.shape), names=phantom.FINDINGS, patients=world["patient"])
+        found.append(imbalance.judged(p, times=50)["value"].notna().sum())
+    assert found[1] > 8 > found[0], found
+
+
+def ward(prevalence, n=12_000, seed=0):
+    "Children described by five numbers, of which two know something about the disease; half of them teach."
+    g = core.rng("ward", prevalence, seed)
+    y = (g.random(n) < prevalence).astype(float)
+    x = g.normal(size=(n, 5))
+    x[:, :2] += np.c_[1.2 * y, .8 * y]
+    return x, y, np.arange(n) < n // 2
+
+
+def fitted(x, y, loss):
+    "The best linear head for a loss, by its own gradient."
+    from scipy.optimize import minimize
+    def target(v):
+        z = x @ v[:-1] + v[-1]
+        sign, w = np.where(y == 1, 1., -1.), np.where(y == 1, loss.positive[0], loss.negative[0]) / len(y)
+        slope = -sign * w * expit(-sign * z)
+        return (w * np.logaddexp(0, -sign * z)).sum(), np.r_[x.T @ slope, slope.sum()]
+    return minimize(target, np.zeros(x.shape[1] + 1), jac=True, method="L-BFGS-B", options=dict(maxiter=500)).x
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_weights_change_probabilities_and_not_the_ranking(seed):
+    "The claims of the lesson at a size where they hold: balanced weights say far too much, `honest` takes it back, and a moved threshold does what weights seem to do."
+    x, y, taught = ward(.01, seed=seed)
+    balanced, found = SigmoidLoss.from_labels(y[taught]), {}
+    for name, loss in {"plain": SigmoidLoss(), "weighted": balanced}.items():
+        v = fitted(x[taught], y[taught], loss)
+        p = expit(x[~taught] @ v[:-1] + v[-1])
+        found[name] = evaluation.predictions_frame(y[~taught], p, names=["NORMAL", "PNEUMONIA"], patients=range((~taught).sum()), split="val")
+    corrected = imbalance.honest(found["weighted"], balanced)
+    said = {k: f["p_PNEUMONIA"].mean() / y[~taught].mean() for k, f in {**found, "corrected": corrected}.items()}
+    assert said["weighted"] > 5 and .5 < said["plain"] < 1.5 and .5 < said["corrected"] < 1.5, said
+    gain = evaluation.compare_models(found["weighted"], found["plain"])
+    assert abs(gain["value"].item()) < .02 and abs(evaluation.macro_auc(corrected) - evaluation.macro_auc(found["weighted"])) < 1e-12
+    (truth, p), = evaluation.questions(found["plain"]).values()
+    moved = decisions.choose_threshold(found["plain"])
+    assert evaluation.eight(truth, p, .5)["recall"] < .3 < .5 < evaluation.eight(truth, p, moved)["recall"]
+
+
+def test_a_rarer_disease_is_harder_to_learn():
+    "Same healthy children, fewer ill ones: the AUC on one and the same test falls."
+    x, y, taught = ward(.2)
+    areas = []
+    for ill in (2, 1000):
+        each = []
+        for seed in range(8):
+            rows = np.r_[np.flatnonzero(taught & (y == 0)), core.rng("few", seed).choice(np.flatnonzero(taught & (y == 1)), ill, replace=False)]
+            v = fitted(x[rows], y[rows], SigmoidLoss())
+            each.append(evaluation.auc(y[~taught], x[~taught] @ v[:-1] + v[-1]))
+        areas.append(np.mean(each))
+    assert areas[0] < areas[1] - .02, areas
