@@ -238,7 +238,7 @@ def test_nifti_coronal_is_put_upright(tmp_path, flip_x, flip_z):
 
 
 def test_a_volume_is_refused(tmp_path):
-    with pytest.raises(CourseError, match="not one flat picture(.|\n)*v.nii"): images.read(nifti(tmp_path / "v.nii", np.zeros((8, 9, 10), np.int16)))
+    with pytest.raises(CourseError, match="not one flat image(.|\n)*v.nii"): images.read(nifti(tmp_path / "v.nii", np.zeros((8, 9, 10), np.int16)))
 
 
 # ---------------------------------------------------------------- files that must be refused
@@ -274,7 +274,7 @@ def test_a_dicom_bomb(tmp_path):
 
 def test_multi_page_tiff_is_refused(tmp_path):
     Image.fromarray(EIGHT).save(tmp_path / "two.tiff", save_all=True, append_images=[Image.fromarray(EIGHT)])
-    with pytest.raises(CourseError, match="2 pictures in one file"): images.read(tmp_path / "two.tiff")
+    with pytest.raises(CourseError, match="2 images in one file"): images.read(tmp_path / "two.tiff")
 
 
 def test_colour_is_refused_but_a_small_coloured_mark_is_not(tmp_path):
@@ -285,7 +285,7 @@ def test_colour_is_refused_but_a_small_coloured_mark_is_not(tmp_path):
     hue = np.stack([EIGHT, EIGHT[::-1], EIGHT[:, ::-1]], -1)
     for name, mode in (("c.png", "RGB"), ("c.jpeg", "RGB"), ("cmyk.jpeg", "CMYK"), ("pal.png", "P")):
         Image.fromarray(hue).convert(mode).save(tmp_path / name)
-        with pytest.raises(CourseError, match=f"colour picture(.|\n)*{name}"): images.read(tmp_path / name)
+        with pytest.raises(CourseError, match=f"colour image(.|\n)*{name}"): images.read(tmp_path / name)
 
 
 def every_kind(folder):
