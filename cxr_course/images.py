@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from .core import CourseError, atomic
-from .files import MAX_PIXELS, blame_file, decode, dicom_tags, shape_of
+from .files import blame_file, decode, shape_of
 
 # %% auto #0
 __all__ = ['IDENTITY', 'grey', 'to_unit', 'window', 'dicom_values', 'dicom_display', 'bones_dark', 'read', 'crop_to_aspect',
@@ -47,10 +47,12 @@ def _one_channel(rgb: np.ndarray, path) -> np.ndarray:
 
 # %% ../nbs/04_images.ipynb #unit0002
 def to_unit(
-    pixels: np.ndarray, # stored grey levels of any shape, usually uint8
+    pixels: np.ndarray, # stored grey levels of any shape, usually uint8; or a float32 tensor of them inside a TensorFlow graph
     white: float = 255, # the level that means white
 ) -> np.ndarray: # float32 of the same shape; black is 0, white is 1
     "Grey levels in [0, 1]: the one place where bytes become numbers for a network."
+    if hasattr(pixels, "get_shape"):
+        return pixels / np.float32(white)
     return np.divide(pixels, np.float32(white), dtype=np.float32)
 
 # %% ../nbs/04_images.ipynb #0081b873
