@@ -156,6 +156,39 @@ def test_a_csv_of_ones_own(tmp_path, film):
     with pytest.raises(CourseError, match="1, 0 or missing"): data.load(tmp_path / "t.csv")
 
 
+def test_findings_are_said_and_everything_else_is_information(tmp_path, film):
+    folders(tmp_path, film, "1.jpeg", "2.jpeg", "3.jpeg")
+    rows = pd.DataFrame({"path": ["1.jpeg", "2.jpeg", "3.jpeg"], "patient": ["a", "b", "b"], "Effusion": [1, 0, None], "smoker": [0, 1, 1], "pacemaker": [1, 0, 0], "weight": [70, 81.5, None]})
+    rows.to_csv(tmp_path / "t.csv", index=False)
+    f = data.load(tmp_path / "t.csv", findings=["Effusion"])
+    assert Task.of(f).names == ("Effusion",) and f["weight"].iloc[1] == 81.5 and f["smoker"].tolist() == [0, 1, 1]
+    assert Task.of(data.load(tmp_path / "t.csv")).names == ("Effusion",)                 # the one column that bears a name of NIH's
+    assert Task.of(data.load(tmp_path / "t.csv", findings=["Effusion", "pacemaker"])).names == ("Effusion", "pacemaker")
+    with pytest.raises(CourseError, match="1, 0 or missing, not(.|\\n)*leave it out of `findings`"): data.load(tmp_path / "t.csv", findings=["weight"])
+    with pytest.raises(CourseError, match="no column 'Mass'"): data.load(tmp_path / "t.csv", findings=["Mass"])
+    rows.drop(columns="Effusion").to_csv(tmp_path / "t.csv", index=False)
+    with pytest.raises(CourseError, match="told which columns are findings"): data.load(tmp_path / "t.csv")
+    problems = data.check(f, pixels=False).table["problem"].tolist()
+    assert not any("smoker" in p or "pacemaker" in p for p in problems)
+
+
+def test_whether_images_of_nobody_count_singly_is_decided_at_loading(tmp_path, film):
+    root = folders(tmp_path / "a", film, "healthy/1.jpeg", "sick/2.jpeg")
+    assert data.load(root)["group"].isna().all()
+    assert data.load(root, unknown="image")["group"].str.startswith("image:").all()
+
+
+def test_damaged_tags_of_a_person_are_a_bad_file(tmp_path):
+    pydicom = pytest.importorskip("pydicom")
+    heap = write(world(patients=2, seed=1, pixels=48), tmp_path / "x", "dicom")
+    file = sorted(heap.rglob("*.dcm"))[0]
+    raw = file.read_bytes()
+    at = raw.index(b"\x10\x00\x10\x10AS")                                # the age, whose type becomes nonsense
+    file.write_bytes(raw[:at + 4] + b"A\xff" + raw[at + 6:])
+    with pytest.warns(UserWarning, match="1 of .* are no images"): f = data.load(heap)
+    assert f["height"].isna().sum() == 1
+
+
 def test_numbers_as_labels_and_other_names_of_splits(tmp_path, film):
     folders(tmp_path, film, "1.jpeg", "2.jpeg")
     (tmp_path / "t.csv").write_text("path,label,split\n1.jpeg,1,valid\n2.jpeg,0,Training\n")
