@@ -7,9 +7,9 @@ from __future__ import annotations
 
 # the modules of data exploration behind one name
 from .exploration_page import overview
-from .exploration_plots import (LOOK, plot_average, plot_brightness, plot_cooccurrence, plot_counts, plot_patients, plot_prevalence,
-                                          plot_shares, plot_shortcuts, plot_sizes, show_classes)
+from .exploration_plots import LOOK, plot_cooccurrence, plot_counts, plot_patients, plot_prevalence, plot_shares, plot_shortcuts
 from .exploring import Glances, cooccurrence, counts, films_per_patient, glance, prevalence, quick_read, shares, target_of
+from .image_plots import plot_average, plot_brightness, plot_sizes, show_classes
 from .shortcut_search import CANDIDATES, NothingToSearch, shortcuts, widened_interval
 
 # %% auto #0

@@ -183,25 +183,25 @@ def dicom_tags(
     "The tags of a DICOM file."
     return _need("pydicom", path).dcmread(path, stop_before_pixels=not pixels, force=True)
 
-# %% ../nbs/files.ipynb #9cba28a8
+# %% ../nbs/files.ipynb #2a7d8191
 def file_key(
     path: str | Path, # a file
 ) -> str: # 16 hexadecimal digits
     "A name for the file as it is now: it changes with its place, its size and its time of change."
-    return _key(str(path), _changed(path))
+    return _stamp(str(path), _changed(path))
 
-# %% ../nbs/files.ipynb #a6d00b1b
+# %% ../nbs/files.ipynb #388df502
 def _changed(file: str | Path) -> tuple[int, int]:
     s = os.stat(file)
     return s.st_size, s.st_mtime_ns
 
-def _key(file: str, changed: tuple[int, int]) -> str:
+def _stamp(file: str, changed: tuple[int, int]) -> str:
     return hashlib.blake2b(f"{Path(file).resolve()}{changed}".encode(), digest_size=8).hexdigest()
 
 @lru_cache(maxsize=16)
 def _unzipped(file: str, key: str, changed: tuple[int, int]) -> np.ndarray:
     "The array `key` of an .npz as a memory map, unzipped once into the cache."
-    target = cache_dir("npz", _key(file, changed)) / f"{key}.npy"
+    target = cache_dir("npz", _stamp(file, changed)) / f"{key}.npy"
     if not target.exists():
         with zipfile.ZipFile(file) as z, z.open(f"{key}.npy") as f, atomic(target) as part, open(part, "wb") as g:
             shutil.copyfileobj(f, g, 1 << 20)

@@ -139,20 +139,20 @@ def _upright(im) -> np.ndarray:
     return x.T
 
 # %% ../nbs/04_images.ipynb #ca107b9a
-def _dicom(ds, path, window) -> np.ndarray:
+def _show_dicom(ds, path, window) -> np.ndarray:
     "A DICOM data set, shown: values, window, polarity."
     x = dicom_values(ds, path)
-    x = dicom_display(x, ds) if window is None else _asked(x, window)
+    x = dicom_display(x, ds) if window is None else _through(x, window)
     return 1 - x if bones_dark(ds) else x
 
-def _nifti(im, path, window) -> np.ndarray:
+def _show_nifti(im, path, window) -> np.ndarray:
     "A NIfTI image, shown through the window of its header if it has one."
     x, low, high = _upright(im), float(im.header["cal_min"]), float(im.header["cal_max"])
     if window is not None:
-        return _asked(x, window)
+        return _through(x, window)
     return _span(x, low, high) if high > low else _range(x)
 
-def _plain(it, path, window) -> np.ndarray:
+def _show_plain(it, path, window) -> np.ndarray:
     "A PIL image or an array, shown by the white of its number type."
     if hasattr(it, "mode"):
         x, white = grey(it, path)
@@ -160,12 +160,12 @@ def _plain(it, path, window) -> np.ndarray:
         x = _one_channel(it, path) if it.ndim == 3 else it
         white = {"uint8": 255, "uint16": 65535}.get(str(it.dtype), 0)
     if window is not None:
-        return _asked(x, window)
+        return _through(x, window)
     if white:
         return to_unit(x, white)
     return x if 0 <= x.min() and x.max() <= 1 else _range(x)
 
-def _asked(x: np.ndarray, window: str | tuple[float, float]) -> np.ndarray:
+def _through(x: np.ndarray, window: str | tuple[float, float]) -> np.ndarray:
     "Values through the window that the caller asked for."
     if window != "sd":
         return _span(x, *map(float, window))
@@ -182,7 +182,7 @@ def read(
     if isinstance(window, str) and window != "sd":
         raise CourseError(f"unknown window {window!r}", path, "give None, 'sd' or (low, high)")
     it = decode(path, at_least)
-    show = _dicom if hasattr(it, "PhotometricInterpretation") else _nifti if hasattr(it, "affine") else _plain
+    show = _show_dicom if hasattr(it, "PhotometricInterpretation") else _show_nifti if hasattr(it, "affine") else _show_plain
     try:
         with blame_file(path, "the file's rule for showing its numbers cannot be followed",
                         "give a window of your own: read(path, window=(low, high))"):

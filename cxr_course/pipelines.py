@@ -24,7 +24,73 @@ from .images import fit, read, to_unit
 from .splits import refuse_leakage
 
 # %% auto #0
-__all__ = ['FORMAT', 'SHARD', 'decode_one', 'decode_shard', 'Store', 'build', 'stream', 'Normalizer']
+__all__ = ['FORMAT', 'SHARD', 'Store', 'decode_one', 'decode_shard', 'build', 'stream', 'Normalizer']
+
+# %% ../nbs/06_pipelines.ipynb #e517ba20
+class Store:
+    "Decoded images in one memory-mapped file, seen through a frame; pixels stay on disk until they are asked for."
+    def __init__(self,
+        folder: str | Path, # a folder that `build` made
+        frame: pd.DataFrame, # images that are in it, in any order, with any labels and splits
+    ):
+        self.folder = Path(folder)
+        if not (self.folder / "store.json").exists():
+            raise CourseError("no finished store", folder, "make one with build(frame, shape, folder)")
+        index = pd.read_csv(self.folder / "index.csv", dtype=str, keep_default_na=False)
+        self.pixels = np.load(self.folder / "images.npy", mmap_mode="r")            # (every image of the store, h, w) uint8
+        at = pd.Index(index["path"]).get_indexer(frame["path"])
+        if (at < 0).any():
+            raise CourseError(f"{(at < 0).sum()} images are not in this store", frame["path"].iloc[int((at < 0).argmax())],
+                              "build a store of this frame")
+        error = index["error"].to_numpy()[at]
+        self.skipped = frame.assign(error=error)[error != ""].reset_index(drop=True)
+        self.frame, self.at = frame[error == ""].reset_index(drop=True), at[error == ""]
+
+    shape = property(lambda self: self.pixels.shape[1:], doc="(h, w) of every image")
+    images = property(lambda self: self.take(), doc="all images of the frame, (n, h, w) uint8, in memory")
+    def __len__(self): return len(self.frame)
+
+    def __repr__(self):
+        skipped = f", {len(self.skipped)} skipped" if len(self.skipped) else ""
+        return f"Store of {len(self)} images at {self.shape[0]} x {self.shape[1]}{skipped}"
+
+    def using(self,
+        frame: pd.DataFrame, # images that are in the store
+    ) -> Store:
+        "The same pixels under another frame: other splits, other labels, fewer images."
+        return Store(self.folder, frame)
+
+    def rows(self,
+        split: str | None = None, # 'train', 'val' or 'test'; None: all
+    ) -> np.ndarray: # (n,) row numbers
+        "Where the images of a split stand in the frame."
+        return np.arange(len(self)) if split is None else np.flatnonzero(self.frame["split"] == split)
+
+    def take(self,
+        rows: np.ndarray | slice = slice(None), # row numbers
+    ) -> np.ndarray: # (n, h, w) uint8
+        "Pixels of these rows."
+        return self.pixels[self.at[rows]]
+
+    def array(self,
+        split: str | None = None, # 'train', 'val' or 'test'; None: all
+    ) -> np.ndarray: # (n, h, w, 1) float32 in [0, 1], all in memory at once
+        "A split's images as the image contract wants them."
+        return to_unit(self.take(self.rows(split)))[..., None]
+
+    def labels(self,
+        split: str | None = None, # 'train', 'val' or 'test'; None: all
+    ) -> np.ndarray: # class numbers (n,) int32, or findings (n, k) float32 with NaN for unknown
+        "A split's truth, in the form that a loss takes."
+        return Task.of(self.frame).truth(self.frame.iloc[self.rows(split)])
+
+    def refuse_leakage(self) -> None:
+        "Raise if a patient stands in two splits of the frame; asked once for each frame, however many epochs follow."
+        if getattr(self, "_guarded", None) is self.frame:
+            return
+        frame = self.frame if "group" in self.frame else regroup(self.frame)
+        refuse_leakage(frame[frame["group"].notna()])
+        self._guarded = self.frame
 
 # %% ../nbs/06_pipelines.ipynb #b0ac3d6b
 FORMAT, SHARD = 1, 256      # raise FORMAT when the same file would give other pixels; images between two marks on disk
@@ -172,72 +238,6 @@ def _make(folder: Path, files: pd.DataFrame, shape: tuple[int, int], key: str, s
         raise CourseError(f"the store could not be written ({e.strerror or e})", folder,
                           f"free some space and run it again: what is done waits beside it in {part.name} and is not decoded twice; "
                           "remove that folder to give up") from e
-
-# %% ../nbs/06_pipelines.ipynb #e517ba20
-class Store:
-    "Decoded images in one memory-mapped file, seen through a frame; pixels stay on disk until they are asked for."
-    def __init__(self,
-        folder: str | Path, # a folder that `build` made
-        frame: pd.DataFrame, # images that are in it, in any order, with any labels and splits
-    ):
-        self.folder = Path(folder)
-        if not (self.folder / "store.json").exists():
-            raise CourseError("no finished store", folder, "make one with build(frame, shape, folder)")
-        index = pd.read_csv(self.folder / "index.csv", dtype=str, keep_default_na=False)
-        self.pixels = np.load(self.folder / "images.npy", mmap_mode="r")            # (every image of the store, h, w) uint8
-        at = pd.Index(index["path"]).get_indexer(frame["path"])
-        if (at < 0).any():
-            raise CourseError(f"{(at < 0).sum()} images are not in this store", frame["path"].iloc[int((at < 0).argmax())],
-                              "build a store of this frame")
-        error = index["error"].to_numpy()[at]
-        self.skipped = frame.assign(error=error)[error != ""].reset_index(drop=True)
-        self.frame, self.at = frame[error == ""].reset_index(drop=True), at[error == ""]
-
-    shape = property(lambda self: self.pixels.shape[1:], doc="(h, w) of every image")
-    images = property(lambda self: self.take(), doc="all images of the frame, (n, h, w) uint8, in memory")
-    def __len__(self): return len(self.frame)
-
-    def __repr__(self):
-        skipped = f", {len(self.skipped)} skipped" if len(self.skipped) else ""
-        return f"Store of {len(self)} images at {self.shape[0]} x {self.shape[1]}{skipped}"
-
-    def using(self,
-        frame: pd.DataFrame, # images that are in the store
-    ) -> Store:
-        "The same pixels under another frame: other splits, other labels, fewer images."
-        return Store(self.folder, frame)
-
-    def rows(self,
-        split: str | None = None, # 'train', 'val' or 'test'; None: all
-    ) -> np.ndarray: # (n,) row numbers
-        "Where the images of a split stand in the frame."
-        return np.arange(len(self)) if split is None else np.flatnonzero(self.frame["split"] == split)
-
-    def take(self,
-        rows: np.ndarray | slice = slice(None), # row numbers
-    ) -> np.ndarray: # (n, h, w) uint8
-        "Pixels of these rows."
-        return self.pixels[self.at[rows]]
-
-    def array(self,
-        split: str | None = None, # 'train', 'val' or 'test'; None: all
-    ) -> np.ndarray: # (n, h, w, 1) float32 in [0, 1], all in memory at once
-        "A split's images as the image contract wants them."
-        return to_unit(self.take(self.rows(split)))[..., None]
-
-    def labels(self,
-        split: str | None = None, # 'train', 'val' or 'test'; None: all
-    ) -> np.ndarray: # class numbers (n,) int32, or findings (n, k) float32 with NaN for unknown
-        "A split's truth, in the form that a loss takes."
-        return Task.of(self.frame).truth(self.frame.iloc[self.rows(split)])
-
-    def refuse_leakage(self) -> None:
-        "Raise if a patient stands in two splits of the frame; asked once for each frame, however many epochs follow."
-        if getattr(self, "_guarded", None) is self.frame:
-            return
-        frame = self.frame if "group" in self.frame else regroup(self.frame)
-        refuse_leakage(frame[frame["group"].notna()])
-        self._guarded = self.frame
 
 # %% ../nbs/06_pipelines.ipynb #c74ccb29
 def build(

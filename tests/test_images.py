@@ -266,7 +266,7 @@ def test_a_coloured_dicom_stops_nobody_without_being_named(tmp_path):
 # ---------------------------------------------------------------- damage, and mistakes of ours
 
 @pytest.mark.parametrize("mistake", [AttributeError, TypeError, ZeroDivisionError, NameError, AssertionError])
-@pytest.mark.parametrize("module, name, file", [(files, "_pil", "a.png"), (files, "_dicom", "a.dcm"), (images, "_plain", "a.png"), (images, "dicom_display", "a.dcm")])
+@pytest.mark.parametrize("module, name, file", [(files, "_pil", "a.png"), (files, "_dicom", "a.dcm"), (images, "_show_plain", "a.png"), (images, "dicom_display", "a.dcm")])
 def test_a_mistake_of_ours_is_never_taken_for_a_bad_file(tmp_path, monkeypatch, module, name, file, mistake):
     def wrong(*a, **k): raise mistake("a typing error")
     Image.fromarray(EIGHT).save(tmp_path / "a.png")
