@@ -93,7 +93,8 @@ class Store:
         self._guarded = self.frame
 
 # %% ../nbs/06_pipelines.ipynb #b0ac3d6b
-FORMAT, SHARD = 1, 256      # raise FORMAT when the same file would give other pixels; images between two marks on disk
+FORMAT = 1     # of a store; raised when the same file would give other pixels
+SHARD = 256    # images between two marks on the disk
 
 def decode_one(
     path: str, # an image file
