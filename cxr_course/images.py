@@ -11,18 +11,18 @@ import numpy as np
 import pandas as pd
 
 from .core import CourseError, atomic
-from .data import damage, decode, kind, shape_of
+from .files import blame_file, decode, shape_of
 
 # %% auto #0
-__all__ = ['IDENTITY', 'grey', 'window', 'dicom_values', 'dicom_display', 'bones_dark', 'read', 'crop_to_aspect', 'resize', 'fit',
-           'letterbox', 'to_png', 'identity_tags', 'strip_identity']
+__all__ = ['IDENTITY', 'grey', 'to_unit', 'window', 'dicom_values', 'dicom_display', 'bones_dark', 'read', 'crop_to_aspect',
+           'resize', 'fit', 'letterbox', 'to_png', 'identity_tags', 'strip_identity']
 
 # %% ../nbs/04_images.ipynb #66bade27
 def grey(
     im, # a PIL image of any mode
-    path: str | Path = "the picture", # its name, for the message
+    path: str | Path = "the image", # its name, for the message
 ) -> tuple[np.ndarray, float]: # stored values (h, w), and the value that means white (0: the file does not say)
-    "One grey channel from whatever a picture file holds; a real colour picture is refused."
+    "One grey channel from whatever an image file holds; a real colour image is refused."
     from PIL import Image, ImageChops
     if im.mode == "1": im = im.convert("L")
     if im.mode == "L": return np.asarray(im), 255
@@ -36,12 +36,24 @@ def grey(
 # %% ../nbs/04_images.ipynb #bad5b8ea
 def _if_grey(one, coloured: float, path):
     "One channel, unless the channels are more than 16 of 255 grey levels apart on more than 1 % of the pixels."
-    if coloured > .01: raise CourseError(f"a colour picture: its channels disagree on {coloured:.0%} of the pixels", path, "an X-ray film is grey; check that this is one")
+    if coloured > .01:
+        raise CourseError(f"a colour image: its channels disagree on {coloured:.0%} of the pixels", path,
+                          "a radiograph is grey; check that this is one")
     return one
 
 def _one_channel(rgb: np.ndarray, path) -> np.ndarray:
     r, g, b = (rgb[..., i].astype(np.int32) for i in range(3))
     return _if_grey(rgb[..., 1], float((np.maximum(abs(r - g), abs(g - b)) > 16 / 255 * max(255, int(rgb.max()))).mean()), path)
+
+# %% ../nbs/04_images.ipynb #unit0002
+def to_unit(
+    pixels: np.ndarray, # stored grey levels of any shape, usually uint8; or a float32 tensor of them inside a TensorFlow graph
+    white: float = 255, # the level that means white
+) -> np.ndarray: # float32 of the same shape; black is 0, white is 1
+    "Grey levels in [0, 1]: the one place where bytes become numbers for a network."
+    if hasattr(pixels, "get_shape"):
+        return pixels / np.float32(white)
+    return np.divide(pixels, np.float32(white), dtype=np.float32)
 
 # %% ../nbs/04_images.ipynb #0081b873
 def window(
@@ -60,7 +72,13 @@ def window(
     return np.clip((x - (centre - .5)) / (width - 1) + .5, 0, 1)
 
 # %% ../nbs/04_images.ipynb #0b818d51
-def _first(value): return value[0] if isinstance(value, (list, tuple)) or hasattr(value, "append") else value
+def _number(value) -> float:
+    "The first number of a header's element, or the ValueError that a damaged one deserves."
+    first = value[0] if isinstance(value, (list, tuple)) or hasattr(value, "append") else value
+    try:
+        return float(first)
+    except TypeError as e:
+        raise ValueError(f"{first!r} is no number") from e
 
 def _span(x: np.ndarray, low: float, high: float) -> np.ndarray:
     "`low` becomes 0, `high` becomes 1, gaps become 0."
@@ -75,14 +93,14 @@ def _range(x: np.ndarray, keep: np.ndarray | bool = True) -> np.ndarray:
 
 # %% ../nbs/04_images.ipynb #61f88857
 def dicom_values(
-    ds, # a pydicom data set with a picture
-    path: str | Path = "the picture", # for the message
+    ds, # a pydicom data set with an image
+    path: str | Path = "the image", # for the message
 ) -> np.ndarray: # (h, w), in the unit the modality step gives
     "Steps 1 and 2: the stored numbers, decoded, through the modality LUT (a table, or slope and intercept)."
     from pydicom.pixels import apply_modality_lut
     x = ds.pixel_array
     if ds.get("SamplesPerPixel", 1) == 3: x = _one_channel(x, path)
-    if ds.PhotometricInterpretation == "PALETTE COLOR": raise CourseError("a DICOM file in false colours", path, "an X-ray film is grey; export it without the palette")
+    if ds.PhotometricInterpretation == "PALETTE COLOR": raise CourseError("a DICOM file in false colours", path, "a radiograph is grey; export it without the palette")
     return apply_modality_lut(x, ds)
 
 # %% ../nbs/04_images.ipynb #aa84f005
@@ -93,9 +111,9 @@ def dicom_display(
     "Step 3: the VOI LUT if the file has one, else its window, else all there is."
     if "VOILUTSequence" in ds and ds.VOILUTSequence[0].get("LUTData") is not None:
         from pydicom.pixels import apply_voi
-        return _span(apply_voi(x, ds), 0, 2 ** int(ds.VOILUTSequence[0].LUTDescriptor[2]) - 1)
+        return _span(apply_voi(x, ds), 0, 2 ** int(_number(ds.VOILUTSequence[0].LUTDescriptor[2])) - 1)
     if ds.get("WindowCenter") is not None and ds.get("WindowWidth") is not None:
-        return window(x, float(_first(ds.WindowCenter)), float(_first(ds.WindowWidth)), str(ds.get("VOILUTFunction") or "LINEAR"))
+        return window(x, _number(ds.WindowCenter), _number(ds.WindowWidth), str(ds.get("VOILUTFunction") or "LINEAR"))
     padding = ds.get("PixelPaddingValue")
     return _range(x, padding is None or ds.pixel_array != padding)
 
@@ -121,37 +139,57 @@ def _upright(im) -> np.ndarray:
     return x.T
 
 # %% ../nbs/04_images.ipynb #ca107b9a
-def _film(it, path, window) -> np.ndarray:
-    "From what `decode` gives to a film: values, the rule that shows them, and the polarity."
-    dark = False
-    if hasattr(it, "PhotometricInterpretation"): x, dark, shown = dicom_values(it, path), bones_dark(it), lambda x: dicom_display(x, it)
-    elif hasattr(it, "affine"):
-        low, high = float(it.header["cal_min"]), float(it.header["cal_max"])
-        x, shown = _upright(it), lambda x: _span(x, low, high) if high > low else _range(x)
+def _show_dicom(ds, path, window) -> np.ndarray:
+    "A DICOM data set, shown: values, window, polarity."
+    x = dicom_values(ds, path)
+    x = dicom_display(x, ds) if window is None else _through(x, window)
+    return 1 - x if bones_dark(ds) else x
+
+def _show_nifti(im, path, window) -> np.ndarray:
+    "A NIfTI image, shown through the window of its header if it has one."
+    x, low, high = _upright(im), float(im.header["cal_min"]), float(im.header["cal_max"])
+    if window is not None:
+        return _through(x, window)
+    return _span(x, low, high) if high > low else _range(x)
+
+def _show_plain(it, path, window) -> np.ndarray:
+    "A PIL image or an array, shown by the white of its number type."
+    if hasattr(it, "mode"):
+        x, white = grey(it, path)
     else:
-        x, white = grey(it, path) if hasattr(it, "mode") else (_one_channel(it, path) if it.ndim == 3 else it, {"uint8": 255, "uint16": 65535}.get(str(it.dtype), 0))
-        if white and window is None: return np.divide(x, np.float32(white), dtype=np.float32)
-        shown = lambda x: x if 0 <= x.min() and x.max() <= 1 else _range(x)
-    if window is None: x = shown(x)
-    elif window == "sd":
-        mean, sd = np.nanmean(x, dtype=float), np.nanstd(x, dtype=float)
-        x = _span(x, mean - 2.5 * sd, mean + 2.5 * sd)
-    else: x = _span(x, *map(float, window))
-    return np.ascontiguousarray(np.clip(np.nan_to_num(1 - x if dark else x), 0, 1), dtype=np.float32)
+        x = _one_channel(it, path) if it.ndim == 3 else it
+        white = {"uint8": 255, "uint16": 65535}.get(str(it.dtype), 0)
+    if window is not None:
+        return _through(x, window)
+    if white:
+        return to_unit(x, white)
+    return x if 0 <= x.min() and x.max() <= 1 else _range(x)
+
+def _through(x: np.ndarray, window: str | tuple[float, float]) -> np.ndarray:
+    "Values through the window that the caller asked for."
+    if window != "sd":
+        return _span(x, *map(float, window))
+    mean, sd = np.nanmean(x, dtype=float), np.nanstd(x, dtype=float)
+    return _span(x, mean - 2.5 * sd, mean + 2.5 * sd)
 
 # %% ../nbs/04_images.ipynb #d96dc4b8
 def read(
-    path: str | Path, # a picture file, or `x.npz::train_images::17`
+    path: str | Path, # an image file, or `x.npz::train_images::17`
     window: str | tuple[float, float] | None = None, # None: as the file says; (low, high): these values become 0 and 1; 'sd': mean ± 2.5 standard deviations
     at_least: tuple[int, int] | None = None, # (h, w): a large JPEG may come at 1/2, 1/4 or 1/8 of its size, but not smaller than this
 ) -> np.ndarray: # float32 (h, w) in [0, 1], bones white
-    "A film from any file, in the one form that every chapter takes."
-    if isinstance(window, str) and window != "sd": raise CourseError(f"unknown window {window!r}", path, "give None, 'sd' or (low, high)")
+    "A radiograph from any file, in the one form that every chapter takes."
+    if isinstance(window, str) and window != "sd":
+        raise CourseError(f"unknown window {window!r}", path, "give None, 'sd' or (low, high)")
     it = decode(path, at_least)
-    try: return _film(it, path, window)
-    except CourseError as e: raise e if e.where is not None else CourseError(e.what, path, e.remedy) from e
-    except damage(kind(path)) as e:
-        raise CourseError(f"the file's rule for showing its numbers cannot be followed ({e or type(e).__name__})", path, "give a window of your own: read(path, window=(low, high))") from e
+    show = _show_dicom if hasattr(it, "PhotometricInterpretation") else _show_nifti if hasattr(it, "affine") else _show_plain
+    try:
+        with blame_file(path, "the file's rule for showing its numbers cannot be followed",
+                        "give a window of your own: read(path, window=(low, high))"):
+            x = show(it, path, window)
+    except CourseError as e:
+        raise e if e.where is not None else CourseError(e.what, path, e.remedy) from e
+    return np.ascontiguousarray(np.clip(np.nan_to_num(x), 0, 1), dtype=np.float32)
 
 # %% ../nbs/04_images.ipynb #9355a641
 def crop_to_aspect(
@@ -230,7 +268,8 @@ def _identifies(e) -> bool:
 
 def _header(path):
     it = decode(path)
-    if not hasattr(it, "walk"): raise CourseError("only DICOM files carry identity tags", path, "this is another kind of picture")
+    if not hasattr(it, "walk"):
+        raise CourseError("only DICOM files carry identity tags", path, "this is another kind of image")
     return it
 
 # %% ../nbs/04_images.ipynb #e97e8f6d

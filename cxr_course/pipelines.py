@@ -9,57 +9,132 @@ import hashlib
 import json
 import os
 import shutil
-from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import partial
 from itertools import count
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from .core import CourseError, cache_dir, findings, progress, rng
-from .images import fit, read
+from .core import CourseError, Task, cache_dir, progress, regroup, rng
+from .images import fit, read, to_unit
 from .splits import refuse_leakage
 
 # %% auto #0
-__all__ = ['Store', 'build', 'stream', 'Normalizer']
+__all__ = ['FORMAT', 'SHARD', 'Store', 'decode_one', 'decode_shard', 'build', 'stream', 'Normalizer']
+
+# %% ../nbs/06_pipelines.ipynb #e517ba20
+class Store:
+    "Decoded images in one memory-mapped file, seen through a frame; pixels stay on disk until they are asked for."
+    def __init__(self,
+        folder: str | Path, # a folder that `build` made
+        frame: pd.DataFrame, # images that are in it, in any order, with any labels and splits
+    ):
+        self.folder = Path(folder)
+        if not (self.folder / "store.json").exists():
+            raise CourseError("no finished store", folder, "make one with build(frame, shape, folder)")
+        index = pd.read_csv(self.folder / "index.csv", dtype=str, keep_default_na=False)
+        self.pixels = np.load(self.folder / "images.npy", mmap_mode="r")            # (every image of the store, h, w) uint8
+        at = pd.Index(index["path"]).get_indexer(frame["path"])
+        if (at < 0).any():
+            raise CourseError(f"{(at < 0).sum()} images are not in this store", frame["path"].iloc[int((at < 0).argmax())],
+                              "build a store of this frame")
+        error = index["error"].to_numpy()[at]
+        self.skipped = frame.assign(error=error)[error != ""].reset_index(drop=True)
+        self.frame, self.at = frame[error == ""].reset_index(drop=True), at[error == ""]
+
+    shape = property(lambda self: self.pixels.shape[1:], doc="(h, w) of every image")
+    images = property(lambda self: self.take(), doc="all images of the frame, (n, h, w) uint8, in memory")
+    def __len__(self): return len(self.frame)
+
+    def __repr__(self):
+        skipped = f", {len(self.skipped)} skipped" if len(self.skipped) else ""
+        return f"Store of {len(self)} images at {self.shape[0]} x {self.shape[1]}{skipped}"
+
+    def using(self,
+        frame: pd.DataFrame, # images that are in the store
+    ) -> Store:
+        "The same pixels under another frame: other splits, other labels, fewer images."
+        return Store(self.folder, frame)
+
+    def rows(self,
+        split: str | None = None, # 'train', 'val' or 'test'; None: all
+    ) -> np.ndarray: # (n,) row numbers
+        "Where the images of a split stand in the frame."
+        return np.arange(len(self)) if split is None else np.flatnonzero(self.frame["split"] == split)
+
+    def take(self,
+        rows: np.ndarray | slice = slice(None), # row numbers
+    ) -> np.ndarray: # (n, h, w) uint8
+        "Pixels of these rows."
+        return self.pixels[self.at[rows]]
+
+    def array(self,
+        split: str | None = None, # 'train', 'val' or 'test'; None: all
+    ) -> np.ndarray: # (n, h, w, 1) float32 in [0, 1], all in memory at once
+        "A split's images as the image contract wants them."
+        return to_unit(self.take(self.rows(split)))[..., None]
+
+    def labels(self,
+        split: str | None = None, # 'train', 'val' or 'test'; None: all
+    ) -> np.ndarray: # class numbers (n,) int32, or findings (n, k) float32 with NaN for unknown
+        "A split's truth, in the form that a loss takes."
+        return Task.of(self.frame).truth(self.frame.iloc[self.rows(split)])
+
+    def refuse_leakage(self) -> None:
+        "Raise if a patient stands in two splits of the frame; asked once for each frame, however many epochs follow."
+        if getattr(self, "_guarded", None) is self.frame:
+            return
+        frame = self.frame if "group" in self.frame else regroup(self.frame)
+        refuse_leakage(frame[frame["group"].notna()])
+        self._guarded = self.frame
 
 # %% ../nbs/06_pipelines.ipynb #b0ac3d6b
-FORMAT, SHARD = 1, 256      # raise FORMAT when the same file would give other pixels; films between two marks on disk
+FORMAT = 1     # of a store; raised when the same file would give other pixels
+SHARD = 256    # images between two marks on the disk
 
-def _one(path: str, shape: tuple[int, int]) -> tuple[np.ndarray | None, str, str]:
-    "A film's pixels (h, w) uint8, the fingerprint of its file, and what is wrong with it."
+def decode_one(
+    path: str, # an image file
+    shape: tuple[int, int], # (h, w) wanted
+) -> tuple[np.ndarray, str, str]: # pixels (h, w) uint8 (black if it cannot be read), SHA-256 of its file, what is wrong with it
+    "Decode one image for a store."
     try:
-        film = read(path)
-        data = film.tobytes() if "::" in path else Path(path).read_bytes()      # a picture inside an .npz has no file of its own
-        return np.round(fit(film, shape) * 255).astype(np.uint8), hashlib.sha256(data).hexdigest(), ""
-    except (CourseError, OSError) as e: return None, "", str(e).split("\n")[0]
+        x = read(path)
+        data = x.tobytes() if "::" in path else Path(path).read_bytes()      # an image inside an .npz has no file of its own
+        return np.round(fit(x, shape) * 255).astype(np.uint8), hashlib.sha256(data).hexdigest(), ""
+    except (CourseError, OSError) as e:
+        return np.zeros(shape, np.uint8), "", str(e).split("\n")[0]
+
+# %% ../nbs/06_pipelines.ipynb #pipe0002
+def decode_shard(
+    paths: Sequence[str], # (n,) image files
+    shape: tuple[int, int], # (h, w) wanted
+    workers: int | None = None, # threads; default: one a core
+) -> tuple[np.ndarray, list[str], list[str]]: # pixels (n, h, w) uint8, SHA-256 of each file, what is wrong with each ('' if nothing)
+    "Decode a list of images, in their order: the unit of work that any engine can do for `build`."
+    with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
+        pixels, prints, errors = zip(*pool.map(lambda p: decode_one(p, shape), paths))
+    return np.stack(pixels), list(prints), list(errors)
 
 # %% ../nbs/06_pipelines.ipynb #ab0c2cfd
 def _files(frame: pd.DataFrame) -> pd.DataFrame:
-    "Every film once, in the order of its name, with size and time of change of its file."
+    "Every image once, in the order of its name, with size and time of change of its file."
     rows, known = [], {}
     for p in sorted(set(frame["path"])):
         file = p.split("::")[0]
-        if file not in known: known[file] = os.stat(file) if os.path.exists(file) else None
+        if file not in known:
+            known[file] = os.stat(file) if os.path.exists(file) else None
         rows.append((p, known[file].st_size, known[file].st_mtime_ns) if known[file] else (p, -1, -1))
     return pd.DataFrame(rows, columns=["path", "bytes", "mtime_ns"])
 
 def _key(files: pd.DataFrame, shape: tuple[int, int]) -> str:
     "Sixteen digits that change with any file, the shape, and the way of decoding."
     rows = "\n".join(f"{p}\x1f{os.path.abspath(p)}\x1f{b}\x1f{t}" for p, b, t in files.itertuples(index=False))
-    return hashlib.blake2b(f"{FORMAT} {shape[0]} {shape[1]}\n{rows}".encode("utf8", "surrogateescape"), digest_size=8).hexdigest()
-
-# %% ../nbs/06_pipelines.ipynb #ea1d6c5c
-def _ahead(pool: ThreadPoolExecutor, work, items: Iterable) -> Iterator:
-    "Results in the order of the items, a bounded number under way: neither an idle worker nor a heap of waiting pictures."
-    waiting: deque = deque()
-    for item in items:
-        waiting.append(pool.submit(work, item))
-        if len(waiting) >= 4 * pool._max_workers: yield waiting.popleft().result()
-    while waiting: yield waiting.popleft().result()
+    text = f"{FORMAT} {shape[0]} {shape[1]}\n{rows}".encode("utf8", "surrogateescape")
+    return hashlib.blake2b(text, digest_size=8).hexdigest()
 
 # %% ../nbs/06_pipelines.ipynb #43e58735
 def _write(file, offset: int, block: np.ndarray) -> None:
@@ -80,37 +155,41 @@ def _prepare(part: Path, n: int, shape: tuple[int, int]) -> int:
     return (part / "images.npy").stat().st_size - need
 
 # %% ../nbs/06_pipelines.ipynb #6c710779
-def _fill(part: Path, files: pd.DataFrame, shape: tuple[int, int], workers: int | None) -> None:
+def _decode_here(shards: list[list[str]], shape: tuple[int, int], workers: int | None) -> Iterator[tuple]:
+    return (decode_shard(paths, shape, workers) for paths in shards)
+
+def _fill(part: Path, files: pd.DataFrame, shape: tuple[int, int], decode: Callable) -> None:
     "Decode what is not marked as done; one mark a shard."
     start, size = _prepare(part, len(files), shape), shape[0] * shape[1]
     shards = {part / f"rows-{i:09d}.csv": files.iloc[i:i + SHARD] for i in range(0, len(files), SHARD)}
     todo = {mark: rows for mark, rows in shards.items() if not mark.exists()}
-    names = [p for rows in todo.values() for p in rows["path"]]
-    with ThreadPoolExecutor(workers or os.cpu_count()) as pool, open(part / "images.npy", "r+b") as out:
-        results = iter(progress(_ahead(pool, lambda p: _one(p, shape), names), f"decoding to {shape[0]} x {shape[1]}", len(names)))
-        for mark, rows in todo.items():
-            pixels, prints, errors = zip(*(next(results) for _ in range(len(rows))))
-            _write(out, start + int(rows.index[0]) * size, np.stack([np.zeros(shape, np.uint8) if x is None else x for x in pixels]))
+    results = decode([rows["path"].tolist() for rows in todo.values()], shape)
+    with open(part / "images.npy", "r+b") as out:
+        for (mark, rows), (pixels, prints, errors) in zip(todo.items(), progress(results, f"decoding to {shape[0]} x {shape[1]}", len(todo), "shard")):
+            _write(out, start + int(rows.index[0]) * size, pixels)
             rows.assign(sha256=prints, error=errors).to_csv(mark.with_suffix(".tmp"), index=False)
             os.replace(mark.with_suffix(".tmp"), mark)
-        deque(results, maxlen=0)
 
 # %% ../nbs/06_pipelines.ipynb #7c5f4039
 def _report(bad: pd.DataFrame, n: int, hint: str = "") -> None:
     "Raise if there are bad files, naming all of them (the first twenty by name)."
     if len(bad):
         lines = [f"\n    {e}" for e in bad["error"].head(20)] + [f"\n    ... and {len(bad) - 20} more"] * (len(bad) > 20)
-        raise CourseError(f"{len(bad)} of {n} films cannot be read", "".join(lines), f"mend them or leave them out of the frame, or pass skip_bad=True to go on without them{hint}")
+        raise CourseError(f"{len(bad)} of {n} images cannot be read", "".join(lines),
+                          f"mend them or leave them out of the frame, or pass skip_bad=True to go on without them{hint}")
 
-def _finish(part: Path, files: pd.DataFrame, shape: tuple[int, int], key: str, skip_bad: bool, workers: int | None) -> None:
+def _finish(part: Path, files: pd.DataFrame, shape: tuple[int, int], key: str, skip_bad: bool, decode: Callable) -> None:
     "Everything but the rename."
-    _fill(part, files, shape, workers)
+    _fill(part, files, shape, decode)
     index = pd.concat([pd.read_csv(p, dtype=str, keep_default_na=False) for p in sorted(part.glob("rows-*.csv"))])
-    if index["path"].tolist() != files["path"].tolist(): raise OSError("the marks in the unfinished folder do not fit together")
+    if index["path"].tolist() != files["path"].tolist():
+        raise OSError("the marks in the unfinished folder do not fit together")
     bad = index[index["error"] != ""]
-    if not skip_bad: _report(bad, len(index), "; the good ones are kept, so that will be quick")
+    if not skip_bad:
+        _report(bad, len(index), "; the good ones are kept, so that will be quick")
     index.to_csv(part / "index.csv", index=False)
-    (part / "store.tmp").write_text(json.dumps({"format": FORMAT, "key": key, "shape": shape, "films": len(index), "bad": len(bad)}))
+    about = {"format": FORMAT, "key": key, "shape": shape, "films": len(index), "bad": len(bad)}
+    (part / "store.tmp").write_text(json.dumps(about))
     os.replace(part / "store.tmp", part / "store.json")
 
 # %% ../nbs/06_pipelines.ipynb #b8a93650
@@ -118,134 +197,119 @@ def _finish(part: Path, files: pd.DataFrame, shape: tuple[int, int], key: str, s
 def _alone(part: Path) -> Iterator[None]:
     "Wait until nobody else works in this folder, where the system can tell."
     part.mkdir(exist_ok=True)
-    try: import fcntl
-    except ImportError: yield; return                                               # Windows
+    try:
+        import fcntl
+    except ImportError:
+        yield                                                                       # Windows
+        return
     handle = os.open(part, os.O_RDONLY)
     try:
-        try: fcntl.flock(handle, fcntl.LOCK_EX)
-        except OSError: pass                                                        # some network disks have no locks
+        with suppress(OSError):                                                     # some network disks have no locks
+            fcntl.flock(handle, fcntl.LOCK_EX)
         yield
-    finally: os.close(handle)
+    finally:
+        os.close(handle)
 
 def _room(folder: Path, need: int) -> None:
     "Raise if the disk is too small, before any work is done."
     free = shutil.disk_usage(folder).free
-    if need > free: raise CourseError(f"the store needs {need / 1e6:,.0f} MB, and {free / 1e6:,.0f} MB are free", folder, "free some space, or choose another folder or a smaller shape")
+    if need > free:
+        raise CourseError(f"the store needs {need / 1e6:,.0f} MB, and {free / 1e6:,.0f} MB are free", folder,
+                          "free some space, or choose another folder or a smaller shape")
 
 # %% ../nbs/06_pipelines.ipynb #151dc083
-def _make(folder: Path, files: pd.DataFrame, shape: tuple[int, int], key: str, skip_bad: bool, workers: int | None) -> None:
+def _make(folder: Path, files: pd.DataFrame, shape: tuple[int, int], key: str, skip_bad: bool, decode: Callable) -> None:
     "Build under a hidden name that carries the key; the last step is the rename."
     part = folder.with_name(f".{folder.name}.{key}-{SHARD}.part")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        if not part.exists(): _room(folder.parent, len(files) * shape[0] * shape[1])
+        if not part.exists():
+            _room(folder.parent, len(files) * shape[0] * shape[1])
         with _alone(part):
             if folder.exists():                                                     # somebody was quicker while we waited
-                if part.exists() and not any(part.iterdir()): part.rmdir()
+                if part.exists() and not any(part.iterdir()):
+                    part.rmdir()
                 return
-            if not (part / "store.json").exists(): _finish(part, files, shape, key, skip_bad, workers)
-            for p in part.glob("rows-*.csv"): p.unlink()
+            if not (part / "store.json").exists():
+                _finish(part, files, shape, key, skip_bad, decode)
+            for p in part.glob("rows-*.csv"):
+                p.unlink()
             os.replace(part, folder)
     except OSError as e:
         raise CourseError(f"the store could not be written ({e.strerror or e})", folder,
-                          f"free some space and run it again: what is done waits beside it in {part.name} and is not decoded twice; remove that folder to give up") from e
-
-# %% ../nbs/06_pipelines.ipynb #e517ba20
-class Store:
-    "Decoded films in one memory-mapped file, seen through a frame; pixels stay on disk until they are asked for."
-    def __init__(self,
-        folder: str | Path, # a folder that `build` made
-        frame: pd.DataFrame, # films that are in it, in any order, with any labels and splits
-    ):
-        self.folder = Path(folder)
-        if not (self.folder / "store.json").exists(): raise CourseError("no finished store", folder, "make one with build(frame, shape, folder)")
-        index = pd.read_csv(self.folder / "index.csv", dtype=str, keep_default_na=False)
-        self.pixels = np.load(self.folder / "images.npy", mmap_mode="r")            # (every film of the store, h, w) uint8
-        at = pd.Index(index["path"]).get_indexer(frame["path"])
-        if (at < 0).any(): raise CourseError(f"{(at < 0).sum()} films are not in this store", frame["path"].iloc[int((at < 0).argmax())], "build a store of this frame")
-        error = index["error"].to_numpy()[at]
-        self.skipped = frame.assign(error=error)[error != ""].reset_index(drop=True)
-        self.frame, self.at = frame[error == ""].reset_index(drop=True), at[error == ""]
-
-    shape = property(lambda self: self.pixels.shape[1:], doc="(h, w) of every picture")
-    images = property(lambda self: self.take(), doc="all pictures of the frame, (n, h, w) uint8, in memory")
-    def __len__(self): return len(self.frame)
-    def __repr__(self): return f"Store of {len(self)} films at {self.shape[0]} x {self.shape[1]}" + (f", {len(self.skipped)} skipped" if len(self.skipped) else "")
-    def using(self, frame: pd.DataFrame) -> Store:
-        "The same pixels under another frame: other splits, other labels, fewer films."
-        return Store(self.folder, frame)
-    def rows(self, split: str | None = None) -> np.ndarray:
-        "Row numbers of a split's films; None: of all."
-        return np.arange(len(self)) if split is None else np.flatnonzero(self.frame["split"] == split)
-    def take(self, rows: np.ndarray | slice = slice(None)) -> np.ndarray:
-        "Pictures of these rows, (n, h, w) uint8."
-        return self.pixels[self.at[rows]]
-    def array(self, split: str | None = None) -> np.ndarray:
-        "A split's pictures as the image contract wants them, (n, h, w, 1) float32 in [0, 1]; all in memory at once."
-        return _unit(self.take(self.rows(split)))
-
-    def labels(self, split: str | None = None) -> np.ndarray:
-        "A split's truth: class numbers (n,) int32, or findings (n, k) float32 with NaN for unknown."
-        films = self.frame.iloc[self.rows(split)]
-        if "label" not in films: return films[findings(films)].to_numpy(np.float32)
-        if films["label"].isna().any(): raise CourseError(f"{films['label'].isna().sum()} of {len(films)} films have no label", f"split {split}", "leave them out of the frame")
-        return films["label"].cat.codes.to_numpy(np.int32)
-
-# %% ../nbs/06_pipelines.ipynb #93d84bb8
-def _unit(pixels: np.ndarray) -> np.ndarray:
-    "Bytes (b, h, w) as float32 (b, h, w, 1) in [0, 1]."
-    return (pixels * np.float32(1 / 255))[..., None]
+                          f"free some space and run it again: what is done waits beside it in {part.name} and is not decoded twice; "
+                          "remove that folder to give up") from e
 
 # %% ../nbs/06_pipelines.ipynb #c74ccb29
 def build(
-    frame: pd.DataFrame, # a frame of films
-    shape: tuple[int, int], # (h, w) of the stored pictures, in pixels
+    frame: pd.DataFrame, # a frame of images
+    shape: tuple[int, int], # (h, w) of the stored images, in pixels
     folder: str | Path | None = None, # where to; default: the course's cache, under a name made from the files' names, sizes and dates
-    skip_bad: bool = False, # go on without films that cannot be read; `Store.skipped` lists them
-    workers: int | None = None, # how many films at a time; default: one for each core
-) -> Store: # the films of the frame, ready to stream
-    "Decode each film once into a store, or open the store that is there; what a killed run had done is not done again."
-    if np.shape(shape) != (2,) or min(shape) < 1: raise CourseError(f"{shape!r} is not a shape", None, "give (height, width) in pixels, for instance (128, 128)")
-    if frame.empty: raise CourseError("the frame has no films", None, "look at what was filtered out before")
+    skip_bad: bool = False, # go on without images that cannot be read; `Store.skipped` lists them
+    workers: int | None = None, # how many images at a time; default: one for each core
+    *,
+    decode: Callable | None = None, # (lists of paths, shape) -> what `decode_shard` returns for each list, in their order; default: on this machine
+) -> Store: # the images of the frame, ready to stream
+    "Decode each image once into a store, or open the store that is there; what a killed run had done is not done again."
+    if np.shape(shape) != (2,) or min(shape) < 1:
+        raise CourseError(f"{shape!r} is not a shape", None, "give (height, width) in pixels, for instance (128, 128)")
+    if frame.empty:
+        raise CourseError("the frame has no images", None, "look at what was filtered out before")
     files, shape = _files(frame), (int(shape[0]), int(shape[1]))
-    key = _key(files, shape)
+    key, remedy = _key(files, shape), "name another folder, or remove it yourself"
     folder = Path(folder) if folder else cache_dir("stores") / key
-    if not folder.exists(): _make(folder, files, shape, key, skip_bad, workers)
-    elif not (folder / "store.json").exists(): raise CourseError("something else is there already, and is never overwritten", folder, "name another folder, or remove it yourself")
+    if not folder.exists():
+        _make(folder, files, shape, key, skip_bad, decode or partial(_decode_here, workers=workers))
+    elif not (folder / "store.json").exists():
+        raise CourseError("something else is there already, and is never overwritten", folder, remedy)
     elif json.loads((folder / "store.json").read_text())["key"] != key:
-        raise CourseError("a store of other films, of another shape, or of films that have changed since, and it is never overwritten", folder, "name another folder, or remove it yourself")
+        raise CourseError("a store of other images, of another shape, or of images that have changed since, and it is never overwritten",
+                          folder, remedy)
     store = Store(folder, frame)
-    if not skip_bad: _report(store.skipped, len(frame))
+    if not skip_bad:
+        _report(store.skipped, len(frame))
     return store
 
 # %% ../nbs/06_pipelines.ipynb #4eb3653a
 def stream(
-    store: Store, # decoded films
-    split: str | None, # 'train', 'val' or 'test'; None: every film
-    batch: int = 32, # films at a time
+    store: Store, # decoded images
+    split: str | None, # 'train', 'val' or 'test'; None: every image
+    batch: int = 32, # images at a time
     shuffle: int | None = None, # a seed: another order every epoch, the same orders every run; None: the frame's order. For training only
     repeat: bool = False, # start again at the end, for ever
-    normalise=None, # a `Normalizer`, or any function of (b, h, w, 1) float32 pictures
-): # a tf.data.Dataset of (pictures (b, h, w, 1) float32, truth (b,) int32 or (b, k) float32)
-    "Feed a network from a store: the films of one split and nothing of any other."
+    normalise: Callable | None = None, # a `Normalizer`, or any function of (b, h, w, 1) float32 images
+): # a tf.data.Dataset of (images (b, h, w, 1) float32, truth (b,) int32 or (b, k) float32)
+    "Feed a network from a store: the images of one split and nothing of any other."
     import tensorflow as tf
     rows, y = store.rows(split), store.labels(split)
-    if not len(rows): raise CourseError(f"no film of the frame is in split {split!r}", "column `split`", "cut it first with splits.split or splits.hold_out")
-    if batch < 1: raise CourseError(f"a batch of {batch} films", None, "give 1 or more")
-    if shuffle is not None and split != "train": raise CourseError(f"{split!r} is never shuffled", None, "shuffle training only; predictions find their films by the order")
-    refuse_leakage(store.frame, unknown="picture")
+    _refuse_stream(split, len(rows), batch, shuffle)
+    store.refuse_leakage()
     epochs = count()
     def batches():
         while True:
             order = np.arange(len(rows)) if shuffle is None else rng(shuffle, "epoch", next(epochs)).permutation(len(rows))
             for i in range(0, len(rows), batch):
-                pixels = store.take(rows[order[i:i + batch]])
-                yield (pixels[..., None] if normalise is None else normalise(_unit(pixels))), y[order[i:i + batch]]
-            if not repeat: return
-    kind = tf.uint8 if normalise is None else tf.float32
-    data = tf.data.Dataset.from_generator(batches, output_signature=(tf.TensorSpec((None, *store.shape, 1), kind), tf.TensorSpec((None, *y.shape[1:]), y.dtype)))
-    if normalise is None: data = data.map(lambda x, y: (tf.cast(x, tf.float32) * np.float32(1 / 255), y))
-    return data.apply(tf.data.experimental.assert_cardinality(tf.data.INFINITE_CARDINALITY if repeat else -(-len(rows) // batch))).prefetch(2)
+                x = store.take(rows[order[i:i + batch]])[..., None]
+                yield (x if normalise is None else normalise(to_unit(x))), y[order[i:i + batch]]
+            if not repeat:
+                return
+    kind = tf.uint8 if normalise is None else tf.float32           # bytes are a quarter of the way
+    form = (tf.TensorSpec((None, *store.shape, 1), kind), tf.TensorSpec((None, *y.shape[1:]), y.dtype))
+    data = tf.data.Dataset.from_generator(batches, output_signature=form)
+    if normalise is None:
+        data = data.map(lambda x, y: (to_unit(tf.cast(x, tf.float32)), y))
+    size = tf.data.INFINITE_CARDINALITY if repeat else -(-len(rows) // batch)
+    return data.apply(tf.data.experimental.assert_cardinality(size)).prefetch(2)
+
+# %% ../nbs/06_pipelines.ipynb #pipe0003
+def _refuse_stream(split: str | None, n: int, batch: int, shuffle: int | None) -> None:
+    "Raise for what cannot be meant."
+    if not n:
+        raise CourseError(f"no image of the frame is in split {split!r}", "column `split`", "cut it first with splits.split or splits.hold_out")
+    if batch < 1:
+        raise CourseError(f"a batch of {batch} images", None, "give 1 or more")
+    if shuffle is not None and split != "train":
+        raise CourseError(f"{split!r} is never shuffled", None, "shuffle training only; predictions find their images by the order")
 
 # %% ../nbs/06_pipelines.ipynb #6c00b429
 class Normalizer:
@@ -259,12 +323,13 @@ class Normalizer:
         self.kind, self.mean, self.std = (kind, None, None) if kind == "train" else (kind, float(mean), float(std))
 
     def fit(self, store: Store, split: str = "train") -> Normalizer:
-        "Measure mean and deviation of a store's training films, piece by piece; any other split is refused."
+        "Measure mean and standard deviation of a store's training images, piece by piece; any other split is refused."
         if split != "train": raise CourseError(f"statistics are never fitted on {split!r}", None, "fit on 'train': what is learnt from the films that judge is leakage")
         if self.kind != "train": raise CourseError(f"a normaliser of kind {self.kind!r} learns nothing", None, "use Normalizer('train').fit(store)")
         rows = store.rows("train")
-        if not len(rows): raise CourseError("no film of the frame is in split 'train'", "column `split`", "cut it first with splits.split or splits.hold_out")
-        grey, levels = np.arange(256) / 255, sum(np.bincount(store.take(rows[i:i + 256]).ravel(), minlength=256) for i in range(0, len(rows), 256))
+        if not len(rows):
+            raise CourseError("no image of the frame is in split 'train'", "column `split`", "cut it first with splits.split or splits.hold_out")
+        grey, levels = to_unit(np.arange(256)).astype(float), sum(np.bincount(store.take(rows[i:i + 256]).ravel(), minlength=256) for i in range(0, len(rows), 256))
         self.mean = float((levels * grey).sum() / levels.sum())
         self.std = float(np.sqrt((levels * (grey - self.mean) ** 2).sum() / levels.sum()))
         return self

@@ -16,40 +16,47 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from .core import SPLITS, CourseError, classes, findings, patients, progress, sha256
-from .data import near_pairs, seen_as, thumbnail
+from .core import SPLITS, CourseError, Task, groups, progress, sha256
+from .duplicates import near_pairs, seen_as, thumbnail
 
 # %% auto #0
 __all__ = ['leakage', 'refuse_leakage', 'split', 'hold_out', 'official', 'balanced', 'kfold', 'twins']
 
 # %% ../nbs/05_splits.ipynb #14579ad5
-def _keys(films: pd.DataFrame | Iterable, unknown: str) -> set[str]:
-    "The patients of a frame, or of a plain list of patients."
-    df = films if isinstance(films, pd.DataFrame) else pd.DataFrame({"patient": list(films)})
-    return set(patients(df if "path" in df else df.assign(path=[f"row {i}" for i in range(len(df))]), unknown))
+def _keys(images: pd.DataFrame | Iterable) -> set[str]:
+    "The groups of a frame, or of a plain list of patients."
+    return set(groups(images if isinstance(images, pd.DataFrame) else pd.DataFrame({"patient": list(images)})))
 
 # %% ../nbs/05_splits.ipynb #282ffb1c
 def leakage(
-    a: pd.DataFrame | Iterable, # a frame of films, or patients
+    a: pd.DataFrame | Iterable, # a frame of images, or patients
     b: pd.DataFrame | Iterable, # another one
-    unknown: str = "raise", # films without patient: 'raise' or 'picture'
 ) -> bool: # True if some patient is in both
     "Does any patient appear on both sides?"
-    return not _keys(a, unknown).isdisjoint(_keys(b, unknown))
+    return not _keys(a).isdisjoint(_keys(b))
 
 # %% ../nbs/05_splits.ipynb #fcfdb48d
 def refuse_leakage(
     frame: pd.DataFrame | None = None, # one frame with its `split` column, or
-    unknown: str = "raise", # films without patient: 'raise' or 'picture'
+    *unnamed: pd.DataFrame, # nothing: several frames are given by name
     **frames: pd.DataFrame, # several frames by name, for instance train=..., test=...
 ) -> None: # nothing; raises if a patient is in two of them
     "Raise if any patient appears in two splits, and say which."
-    if frame is not None: frames = {**dict(tuple(frame.groupby("split"))), **frames}
-    keys = {name: _keys(f, unknown) for name, f in frames.items()}
+    if unnamed or frame is None and not frames:
+        raise CourseError(f"{len(unnamed) + 1 if unnamed else 0} frames were given without saying which is which", None,
+                          "refuse_leakage(train=one, test=other), or refuse_leakage(frame) for one frame with a column `split`")
+    if frame is not None:
+        if not isinstance(frame, pd.DataFrame) or "split" not in frame:
+            raise CourseError("what was given has no column `split`", None, "cut it first with `split`, or name the parts: refuse_leakage(train=..., test=...)")
+        frames = {**dict(tuple(frame.groupby("split"))), **frames}
+    if odd := [name for name, images in frames.items() if isinstance(images, str)]:
+        raise CourseError(f"{odd[0]}={frames[odd[0]]!r} is no frame", None, "name the parts: refuse_leakage(train=..., test=...)")
+    keys = {name: _keys(images) for name, images in frames.items()}
     for (one, a), (other, b) in combinations(keys.items(), 2):
         if both := sorted(a & b):
             shown = ", ".join(k.split(":", 1)[1] for k in both[:3]) + (" ..." if len(both) > 3 else "")
-            raise CourseError(f"{one} and {other} share {len(both)} patient{'s' * (len(both) > 1)}", shown, "cut again with `split` or `hold_out`, which keep a patient's films together")
+            raise CourseError(f"{one} and {other} share {len(both)} patient{'s' * (len(both) > 1)}", shown,
+                              "cut again with `split` or `hold_out`, which keep a patient's images together")
 
 # %% ../nbs/05_splits.ipynb #1d0cf33f
 def _order(keys: Iterable[str], *seed) -> np.ndarray:
@@ -61,11 +68,11 @@ def _order(keys: Iterable[str], *seed) -> np.ndarray:
     return np.argsort([int.from_bytes(d, "big") for d in lots], kind="stable")
 
 # %% ../nbs/05_splits.ipynb #9d60880e
-def _groups(frame: pd.DataFrame, unknown: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    "Which patient each row belongs to, the patients' keys in sorted order, and how many films of each class each patient has (last column: all)."
-    code, keys = pd.factorize(patients(frame, unknown), sort=True)
-    truth = [frame["label"] == c for c in classes(frame)] if "label" in frame else [frame[c] == 1 for c in findings(frame)]
-    counts = [np.bincount(code, weights=np.asarray(t, float), minlength=len(keys)) for t in [*truth, np.ones(len(frame))]]
+def _groups(frame: pd.DataFrame) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    "Which group each row belongs to, the groups' keys in sorted order, and how many images of each class each group has (last column: all)."
+    code, keys = pd.factorize(groups(frame), sort=True)
+    shown = np.column_stack([Task.of(frame).indicators(frame).to_numpy() == 1, np.ones(len(frame))])
+    counts = [np.bincount(code, weights=column, minlength=len(keys)) for column in shown.T]
     return code, np.asarray(keys, object), np.stack(counts, 1)
 
 def _deal(counts: np.ndarray, order: np.ndarray, shares: Iterable[float]) -> np.ndarray:
@@ -96,11 +103,10 @@ def split(
     frame: pd.DataFrame, # a frame of films; splits it may have are forgotten (to keep its test films, use `hold_out`)
     fractions: Mapping[str, float] | None = None, # share of the films in each split; default .7 train, .1 val, .2 test
     seed: int = 0, # another seed, another split
-    unknown: str = "raise", # films without patient: 'raise', or 'picture' (by `study` if known, else each for itself)
 ) -> pd.DataFrame: # the same rows in the same order, column `split` filled
     "Split by patient, with each class or finding in its due share everywhere."
     shares = _shares(fractions or {"train": .7, "val": .1, "test": .2})
-    code, keys, counts = _groups(frame, unknown)
+    code, keys, counts = _groups(frame)
     pile = _deal(counts, _order(keys, seed, "split"), shares.values())
     empty = [s for i, s in enumerate(shares) if not (pile == i).any()]
     if empty: raise CourseError(f"no patient is left for {empty[0]!r}", f"{len(keys)} patients, fractions {shares}", "ask for fewer splits, or bring more patients")
@@ -111,16 +117,15 @@ def hold_out(
     frame: pd.DataFrame, # a frame whose `split` says which films are the test
     fraction: float = .2, # share of the films outside the test that goes to validation
     seed: int = 0, # another seed, another validation set
-    unknown: str = "raise", # films without patient: 'raise' or 'picture'
 ) -> pd.DataFrame: # the same rows; test untouched, the rest cut anew into train and val
     "Cut validation out of training by patient; the test films stay what they are."
     if frame["split"].isna().any():
         raise CourseError(f"{frame['split'].isna().sum()} of {len(frame)} films have no split yet", "column `split`", "use `split` to cut the whole frame")
     if not 0 < fraction < 1: raise CourseError(f"fraction={fraction} is not between 0 and 1", None, "try .2")
     rest, cut = (frame["split"] != "test").to_numpy(), np.full(len(frame), "test", object)
-    cut[rest] = split(frame[rest], {"train": 1 - fraction, "val": fraction}, seed, unknown)["split"]
+    cut[rest] = split(frame[rest], {"train": 1 - fraction, "val": fraction}, seed)["split"]
     out = frame.assign(split=cut)
-    refuse_leakage(out, unknown=unknown)
+    refuse_leakage(out)
     return out
 
 # %% ../nbs/05_splits.ipynb #e7576d3c
@@ -137,7 +142,6 @@ def _names(given: str | Path | Iterable[str]) -> list[str]:
 def official(
     frame: pd.DataFrame, # a frame of films
     lists: Mapping[str, str | Path | Iterable[str]] | str | Path, # split name to file names (in a list, or a .txt or .json file), or one .json file of such
-    unknown: str = "raise", # films without patient: 'raise' or 'picture'
 ) -> pd.DataFrame: # the same rows, column `split` from the lists
     "The split that a data set's makers published, as lists of file names."
     where: dict[str, str] = {}
@@ -150,18 +154,18 @@ def official(
     if found.isna().any():
         raise CourseError(f"{found.isna().sum()} of {len(frame)} films are in none of the lists", f"first: {frame.loc[found.isna(), 'path'].iloc[0]}", "leave those rows out, or give the list that names them")
     out = frame.assign(split=found)
-    refuse_leakage(out, unknown=unknown)
+    refuse_leakage(out)
     return out
 
 # %% ../nbs/05_splits.ipynb #93874d05
-def _pick(pool: pd.DataFrame, n: int, name: str, seed: int, unknown: str, whole: pd.DataFrame) -> pd.DataFrame:
-    "n films of each class from as many patients as possible, or an error with the counts."
-    have, all_ = (f["label"].value_counts().reindex(classes(f)) for f in (pool, whole))
-    if (have < n).any():
-        counts = ", ".join(f"{c} {have[c]} (of {all_[c]} outside the test)" for c in have.index)
-        raise CourseError(f"{n} films of each class were asked for {name}, and there are fewer", counts, "ask for fewer, or join classes")
+def _pick(pool: pd.DataFrame, n: int, name: str, seed: int, whole: pd.DataFrame) -> pd.DataFrame:
+    "n images of each class from as many patients as possible, or an error with the counts."
+    have, all_ = (Task.of(f).counts(f) for f in (pool, whole))
+    if min(have.values()) < n:
+        counts = ", ".join(f"{c} {have[c]} (of {all_[c]} outside the test)" for c in have)
+        raise CourseError(f"{n} images of each class were asked for {name}, and there are fewer", counts, "ask for fewer, or join classes")
     mixed = pool.iloc[_order(pool["path"], seed, "film")]
-    turn = mixed.groupby([patients(mixed, unknown), mixed["label"]], observed=True).cumcount().to_numpy()
+    turn = mixed.groupby([groups(mixed), mixed["label"]], observed=True).cumcount().to_numpy()
     return mixed.iloc[np.argsort(turn, kind="stable")].groupby("label", observed=False).head(n).assign(split=name)
 
 # %% ../nbs/05_splits.ipynb #bccad3cd
@@ -170,32 +174,31 @@ def balanced(
     n_train: int, # films of each class for training
     n_val: int, # films of each class for validation
     seed: int = 0, # another seed, another sample
-    unknown: str = "raise", # films without patient: 'raise' or 'picture'
 ) -> pd.DataFrame: # the chosen films and the test films, in the order of `frame`
     "As many films of each class as asked for, training and validation from different patients."
-    if "label" not in frame: raise CourseError("films with several findings cannot be balanced by class", "no column `label`", "use `split`, and weights in the loss")
+    if Task.of(frame).findings:
+        raise CourseError("images with several findings cannot be balanced by class", "no column `label`", "use `split`, and weights in the loss")
     frame = frame.reset_index(drop=True)
     test = frame["split"] == "test"
     pool = frame[~test]
-    code, keys, counts = _groups(pool, unknown)
+    code, keys, counts = _groups(pool)
     order, held = _order(keys, seed, "balanced"), np.zeros(len(keys), bool)
     for j in np.argsort(counts[:, :-1].sum(0), kind="stable"):                       # rarest class first
         new = order[(counts[order, j] > 0) & ~held[order]]
         before = np.cumsum(counts[new, j]) - counts[new, j]
         held[new[before < n_val - counts[held, j].sum()]] = True
     val, train = pool[held[code]], pool[~held[code]]
-    return pd.concat([_pick(train, n_train, "train", seed, unknown, pool), _pick(val, n_val, "val", seed, unknown, pool), frame[test]]).sort_index()
+    return pd.concat([_pick(train, n_train, "train", seed, pool), _pick(val, n_val, "val", seed, pool), frame[test]]).sort_index()
 
 # %% ../nbs/05_splits.ipynb #c67950aa
 def kfold(
     frame: pd.DataFrame, # a frame of films; rows whose split is test stay out of it
     k: int = 5, # how many folds
     seed: int = 0, # another seed, other folds
-    unknown: str = "raise", # films without patient: 'raise' or 'picture'
 ) -> list[pd.DataFrame]: # k frames; in the i-th, fold i is `val` and the others are `train`
     "Cross-validation by patient: every film outside the test is validation exactly once."
     test = (frame["split"] == "test").to_numpy()
-    code, keys, counts = _groups(frame[~test], unknown)
+    code, keys, counts = _groups(frame[~test])
     if not 2 <= k <= len(keys): raise CourseError(f"{k} folds cannot be made of {len(keys)} patients", None, f"choose k from 2 to {len(keys)}")
     fold = np.full(len(frame), -1)
     fold[~test] = _deal(counts, _order(keys, seed, "kfold"), [1 / k] * k)[code]

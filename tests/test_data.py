@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from cxr_course import data
-from cxr_course.core import CourseError, classes, findings, sha256
+from cxr_course.core import CourseError, Task, frame, sha256
 from cxr_course.phantom import FINDINGS, world, write
 
 
@@ -80,7 +80,7 @@ def test_tar_gz_is_loaded_too(kaggle, tmp_path):
 
 def test_classes(kaggle):
     two, three = data.load(kaggle, classes=2), data.load(kaggle, classes=3)
-    assert classes(two) == ["NORMAL", "PNEUMONIA"] and classes(three) == ["NORMAL", "BACTERIA", "VIRUS"]
+    assert list(Task.of(two).names) == ["NORMAL", "PNEUMONIA"] and list(Task.of(three).names) == ["NORMAL", "BACTERIA", "VIRUS"]
     assert ((two["label"] == "PNEUMONIA") == (three["label"] != "NORMAL")).all()
     assert ((three["label"] == "VIRUS") == (three["cause"] == "virus")).all()
     with pytest.raises(CourseError, match="classes=4"): data.load(kaggle, classes=4)
@@ -109,7 +109,7 @@ def test_the_phantom_is_read_back(tmp_path, kind, layout):
 
 def test_covid_masks_and_two_classes(tmp_path):
     f = data.load(write(world(patients=14, seed=3, kind="covid", pixels=48), tmp_path / "x", "covid"), classes=2)
-    assert classes(f) == ["Normal", "COVID-19"] and f["meta_lungs"].map(os.path.exists).all()
+    assert list(Task.of(f).names) == ["Normal", "COVID-19"] and f["meta_lungs"].map(os.path.exists).all()
 
 
 def test_nih_in_the_form_of_the_assignment(tmp_path, film):
@@ -121,7 +121,7 @@ def test_nih_in_the_form_of_the_assignment(tmp_path, film):
     pd.DataFrame(rows).to_csv(tmp_path / "train-small.csv", index=False)
     f = data.load(tmp_path)
     assert data.layout(tmp_path) == data.layout(tmp_path / "train-small.csv") == "nih"
-    assert f["patient"].tolist() == ["00000001", "00000001", "00008270"] and findings(f) == list(FINDINGS) and f[list(FINDINGS)].to_numpy().trace() == 3
+    assert f["patient"].tolist() == ["00000001", "00000001", "00008270"] and list(Task.of(f).names) == list(FINDINGS) and f[list(FINDINGS)].to_numpy().trace() == 3
     pd.DataFrame(rows).drop(columns="Hernia").to_csv(tmp_path / "train-small.csv", index=False)
     with pytest.raises(CourseError, match="no column 'Hernia'(.|\n)*train-small.csv"): data.load(tmp_path)
 
@@ -136,34 +136,67 @@ def test_nih_official_lists_and_ages(tmp_path, film):
     assert f["split"].tolist() == ["train", "test"] and f["age"].iloc[0] == 58 and pd.isna(f["age"].iloc[1])
     assert f.loc[0, list(FINDINGS)].astype(float).sum() == 2 and f.loc[1, list(FINDINGS)].astype(float).sum() == 0
     for n in names: os.remove(tmp_path / n)
-    with pytest.raises(CourseError, match="none of the pictures"): data.load(tmp_path)
+    with pytest.raises(CourseError, match="none of the images"): data.load(tmp_path)
 
 
 def test_class_folders_with_and_without_splits(tmp_path, film):
     f = data.load(folders(tmp_path / "a", film, "healthy/1.jpeg", "sick/2.jpeg", "sick/deep/3.jpeg", "sick/notes.txt", "sick/._4.jpeg"))
-    assert classes(f) == ["healthy", "sick"] and len(f) == 3 and f["split"].isna().all()
+    assert list(Task.of(f).names) == ["healthy", "sick"] and len(f) == 3 and f["split"].isna().all()
     f = data.load(folders(tmp_path / "b", film, "Training/Tuberculosis/1.jpeg", "Training/Normal/2.jpeg", "Testing/Normal/3.jpeg", "Testing/Tuberculosis/4.jpeg"))
-    assert classes(f) == ["Normal", "Tuberculosis"] and set(f["split"]) == {"train", "test"}
+    assert list(Task.of(f).names) == ["Normal", "Tuberculosis"] and set(f["split"]) == {"train", "test"}
 
 
 def test_a_csv_of_ones_own(tmp_path, film):
     folders(tmp_path, film, "films/1.jpeg", "films/2.jpeg")
     pd.DataFrame({"path": ["films/1.jpeg", str(tmp_path / "films/2.jpeg")], "Effusion": [1, None], "Mass": [0, 1], "patient": ["007", "008"]}).to_csv(tmp_path / "t.csv", index=False)
     f = data.load(tmp_path / "t.csv")
-    assert findings(f) == ["Effusion", "Mass"] and f["patient"].tolist() == ["007", "008"] and f["height"].notna().all()
+    assert list(Task.of(f).names) == ["Effusion", "Mass"] and f["patient"].tolist() == ["007", "008"] and f["height"].notna().all()
     assert data.layout(tmp_path) == "csv" and len(data.load(tmp_path)) == 2
     pd.DataFrame({"path": ["films/1.jpeg"], "Effusion": [2]}).to_csv(tmp_path / "t.csv", index=False)
     with pytest.raises(CourseError, match="1, 0 or missing"): data.load(tmp_path / "t.csv")
+
+
+def test_findings_are_said_and_everything_else_is_information(tmp_path, film):
+    folders(tmp_path, film, "1.jpeg", "2.jpeg", "3.jpeg")
+    rows = pd.DataFrame({"path": ["1.jpeg", "2.jpeg", "3.jpeg"], "patient": ["a", "b", "b"], "Effusion": [1, 0, None], "smoker": [0, 1, 1], "pacemaker": [1, 0, 0], "weight": [70, 81.5, None]})
+    rows.to_csv(tmp_path / "t.csv", index=False)
+    f = data.load(tmp_path / "t.csv", findings=["Effusion"])
+    assert Task.of(f).names == ("Effusion",) and f["weight"].iloc[1] == 81.5 and f["smoker"].tolist() == [0, 1, 1]
+    assert Task.of(data.load(tmp_path / "t.csv")).names == ("Effusion",)                 # the one column that bears a name of NIH's
+    assert Task.of(data.load(tmp_path / "t.csv", findings=["Effusion", "pacemaker"])).names == ("Effusion", "pacemaker")
+    with pytest.raises(CourseError, match="1, 0 or missing, not(.|\\n)*leave it out of `findings`"): data.load(tmp_path / "t.csv", findings=["weight"])
+    with pytest.raises(CourseError, match="no column 'Mass'"): data.load(tmp_path / "t.csv", findings=["Mass"])
+    rows.drop(columns="Effusion").to_csv(tmp_path / "t.csv", index=False)
+    with pytest.raises(CourseError, match="told which columns are findings"): data.load(tmp_path / "t.csv")
+    problems = data.check(f, pixels=False).table["problem"].tolist()
+    assert not any("smoker" in p or "pacemaker" in p for p in problems)
+
+
+def test_whether_images_of_nobody_count_singly_is_decided_at_loading(tmp_path, film):
+    root = folders(tmp_path / "a", film, "healthy/1.jpeg", "sick/2.jpeg")
+    assert data.load(root)["group"].isna().all()
+    assert data.load(root, unknown="image")["group"].str.startswith("image:").all()
+
+
+def test_damaged_tags_of_a_person_are_a_bad_file(tmp_path):
+    pydicom = pytest.importorskip("pydicom")
+    heap = write(world(patients=2, seed=1, pixels=48), tmp_path / "x", "dicom")
+    file = sorted(heap.rglob("*.dcm"))[0]
+    raw = file.read_bytes()
+    at = raw.index(b"\x10\x00\x10\x10AS")                                # the age, whose type becomes nonsense
+    file.write_bytes(raw[:at + 4] + b"A\xff" + raw[at + 6:])
+    with pytest.warns(UserWarning, match="1 of .* are no images"): f = data.load(heap)
+    assert f["height"].isna().sum() == 1
 
 
 def test_numbers_as_labels_and_other_names_of_splits(tmp_path, film):
     folders(tmp_path, film, "1.jpeg", "2.jpeg")
     (tmp_path / "t.csv").write_text("path,label,split\n1.jpeg,1,valid\n2.jpeg,0,Training\n")
     f = data.load(tmp_path / "t.csv")
-    assert classes(f) == ["0", "1"] and f["split"].tolist() == ["val", "train"]
+    assert list(Task.of(f).names) == ["0", "1"] and f["split"].tolist() == ["val", "train"]
 
 
-@pytest.mark.parametrize("text, words", [("", "cannot be read"), ("path,label\n", "no pictures"), ("path,label\n,NORMAL\n", "names no file"), ("file,label\na.png,NORMAL\n", "no column 'path'(.|\n)*columns=")])
+@pytest.mark.parametrize("text, words", [("", "cannot be read"), ("path,label\n", "no images"), ("path,label\n,NORMAL\n", "names no file"), ("file,label\na.png,NORMAL\n", "no column 'path'(.|\n)*columns=")])
 def test_tables_that_cannot_be_used(tmp_path, text, words):
     (tmp_path / "t.csv").write_text(text)
     with pytest.raises(CourseError, match=words): data.load(tmp_path / "t.csv")
@@ -193,7 +226,7 @@ def test_dicom_in_class_folders(tmp_path):
         (tmp_path / "y" / ("normal", "pneumonia")[i % 2]).mkdir(parents=True, exist_ok=True)
         shutil.copy(p, tmp_path / "y" / ("normal", "pneumonia")[i % 2] / f"IM{i:04d}")       # no ending, as archives export them
     f = data.load(tmp_path / "y")
-    assert classes(f) == ["normal", "pneumonia"] and f["patient"].notna().all()
+    assert list(Task.of(f).names) == ["normal", "pneumonia"] and f["patient"].notna().all()
 
 
 def npz(path, **arrays):
@@ -206,7 +239,7 @@ def test_npz(tmp_path):
     f = data.load(npz(tmp_path / "a.npz", train_images=x, train_labels=np.array([[0], [1]] * 3), test_images=x[:2], test_labels=np.array([[1], [0]])))
     assert len(f) == 8 and f["patient"].isna().all() and (f["height"] == 28).all() and f["path"].iloc[-1].endswith("a.npz::test_images::1")
     f = data.load(npz(tmp_path / "b.npz", val_images=x, val_labels=g.integers(0, 2, (6, 14))))
-    assert findings(f) == list(data.CHESTMNIST) and set(f["split"]) == {"val"}
+    assert list(Task.of(f).names) == list(data.CHESTMNIST) and set(f["split"]) == {"val"}
     for arrays, words in ((dict(a=x), "no arrays named"), (dict(train_images=x, train_labels=np.full((6, 1), 3)), "unknown label 3"), (dict(train_images=x, train_labels=np.zeros((6, 5), int)), "5 columns")):
         with pytest.raises(CourseError, match=words + r"(.|\n)*c.npz"): data.load(npz(tmp_path / "c.npz", **arrays))
     (tmp_path / "d.npz").write_bytes((tmp_path / "a.npz").read_bytes()[:300])
@@ -217,7 +250,7 @@ def test_nothing_there_and_nothing_known(tmp_path, film):
     with pytest.raises(CourseError, match="no such folder(.|\n)*'sample'"): data.load(tmp_path / "nowhere")
     with pytest.raises(CourseError, match="no layout(.|\n)*nothing"): data.load(tmp_path)
     with pytest.raises(CourseError, match="give the folder"): data.load(film)
-    with pytest.raises(CourseError, match="no pictures"): data.load((tmp_path / "train" / "NORMAL").mkdir(parents=True) or tmp_path)
+    with pytest.raises(CourseError, match="no images"): data.load((tmp_path / "train" / "NORMAL").mkdir(parents=True) or tmp_path)
     with pytest.raises(CourseError, match="one class"): data.load(folders(tmp_path / "one", film, "normal/1.jpeg"))
 
 
@@ -231,13 +264,13 @@ def test_bad_files_are_reported_kept_and_left_out_on_request(kaggle, tmp_path):
     (ill / "train" / "NORMAL" / "IM-0901-0001.jpeg").write_text("a note")
     (ill / "train" / "NORMAL" / "IM-0902-0001.jpeg").write_bytes(b"")
     whole = len(data.load(kaggle))
-    with pytest.warns(UserWarning, match="2 of .* are no pictures"): f = data.load(ill)
+    with pytest.warns(UserWarning, match="2 of .* are no images"): f = data.load(ill)
     assert len(f) == whole + 2 and f["height"].isna().sum() == 2
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert len(data.load(ill, skip_bad=True)) == whole
     for p in (tmp_path / "x").rglob("*.jpeg"): p.write_text("all is lost")
-    with pytest.raises(CourseError, match="not a picture"): data.load(ill)
+    with pytest.raises(CourseError, match="not an image"): data.load(ill)
 
 
 # ---------------------------------------------------------------- check
@@ -309,14 +342,6 @@ def test_all_pairs_of_a_block_boundary():
     t[6999] = t[3]
     p = data.near_pairs(data.seen_as(t), t)
     assert p[["a", "b"]].to_numpy().tolist() == [[3, 6999]]
-
-
-def test_require(kaggle):
-    f = data.load(kaggle)
-    assert data.require(f) is f
-    nih = data.frame([dict(path=str(i), split=s, Effusion=e) for i, (s, e) in enumerate((("train", 1), ("train", 0), ("test", 1), ("test", None)))])
-    with pytest.raises(CourseError, match="no finding both occurs"): data.require(nih)
-    with pytest.raises(CourseError, match="val set is empty"): data.require(f[f["split"] != "val"], splits=("val",))
 
 
 # ---------------------------------------------------------------- archives
@@ -484,7 +509,7 @@ def test_real_nih(real_data):
 
 def test_real_films_read_again(real_data):
     r = data.relabelled(real_data / "nih")
-    assert len(r) == r["path"].nunique() and findings(r) == ["Fracture", "Pneumothorax", "Airspace opacity", "Nodule or mass"]
+    assert len(r) == r["path"].nunique() and list(Task.of(r).names) == ["Fracture", "Pneumothorax", "Airspace opacity", "Nodule or mass"]
     assert data.layout(real_data / "nih" / "labels" / "google2019_nih-chest-xray-labels.csv.gz") == "csv"
 
 

@@ -14,7 +14,8 @@ from PIL import Image
 from scipy.stats import binomtest
 
 from cxr_course import exploration as ex
-from cxr_course.core import CourseError, frame, rng
+from cxr_course import exploration_page, shortcut_search
+from cxr_course.core import CourseError, frame, regroup, rng
 from cxr_course.data import load
 
 
@@ -38,34 +39,64 @@ def drawn(tmp_path):
     return frame(rows, ["ok", "ill"])
 
 
+def single(y, copies=1):
+    "A frame of findings: y by patient, each patient's image so many times."
+    return frame([dict(path=f"{i}-{k}.png", patient=str(i), A=float(v)) for i, v in enumerate(y) for k in range(copies)], findings=["A"])
+
+
 @pytest.mark.parametrize("k, n", [(0, 40), (1, 7), (20, 40), (40, 40), (3, 300)])
-def test_share_is_wilson_when_every_patient_has_one_film(k, n):
+def test_prevalence_is_wilson_when_every_patient_has_one_film(k, n):
     want = binomtest(k, n).proportion_ci(method="wilson")
-    got = ex.share([1] * k + [0] * (n - k), range(n))
-    assert got[0] == k / n and np.allclose(got[1:], (want.low, want.high), atol=.03 if n < 10 else .01)
+    got = ex.prevalence(single([1] * k + [0] * (n - k))).iloc[0]
+    assert got["share"] == k / n and np.allclose(got[["low", "high"]].astype(float), (want.low, want.high), atol=.03 if n < 10 else .01)
 
 
 def test_a_film_copied_ten_times_teaches_nothing_new():
-    y = (np.arange(60) < 12).astype(int)
-    once, often = ex.share(y, range(60)), ex.share(np.repeat(y, 10), np.repeat(np.arange(60), 10))
+    y = np.arange(60) < 12
+    once, often = (ex.prevalence(single(y, copies))[["share", "low", "high"]].to_numpy(float) for copies in (1, 10))
     assert np.allclose(once, often, atol=.005)
-    assert all(np.isnan(ex.share([], [])))
+    unknown = frame(single(y).assign(B=None), findings=["A", "B"])
+    assert ex.prevalence(unknown).loc[1, ["share", "low", "high"]].isna().all()
+
+
+def test_nobody_has_it_and_patients_count_once():
+    "Forty images of ten patients, none positive: the interval must be that of ten, not of forty."
+    few, many = (ex.prevalence(single(np.zeros(10), copies)).loc[0, "high"] for copies in (4, 1))
+    assert few == pytest.approx(many, abs=.03) and few > .25
+
+
+def test_the_interval_is_widened_by_nadeau_and_bengio():
+    again = np.r_[np.linspace(.5, .8, 301), np.nan]
+    low, high = shortcut_search.widened_interval(.65, again)
+    assert (low, high) == pytest.approx((.65 - 1.5 * .1425, .65 + 1.5 * .1425))                    # (1/5 + 1/4) / (1/5) = 1.5 squared
+    assert shortcut_search.widened_interval(.9, again + .25) == pytest.approx((.9 - 1.5 * .1425, 1))
+    factor = np.sqrt((1 / 10 + 1 / 9) * 10)
+    assert shortcut_search.widened_interval(.65, again, folds=10)[0] == pytest.approx(.65 - factor * .1425)
+
+
+def test_the_interval_of_a_shortcut_is_the_widened_one(monkeypatch):
+    f = people(60, age=lambda g, y, w: g.uniform(1, 6, w.max() + 1)[w])
+    wide = ex.shortcuts(f).iloc[0]
+    monkeypatch.setattr(shortcut_search, "widened_interval", lambda value, again, **k: np.percentile(again, [2.5, 97.5]))
+    plain = ex.shortcuts(f).iloc[0]
+    assert (wide[["low", "high"]] - wide["auc"]).to_numpy(float) == pytest.approx(1.5 * (plain[["low", "high"]] - plain["auc"]).to_numpy(float))
 
 
 def test_counts_with_unknown_labels_splits_and_patients():
     f = people(10)
     f.loc[0, ["label", "split", "patient"]] = None
+    f = regroup(f, "image")
     n = ex.counts(f)
     assert n.loc["no split", ["healthy", "ill", "films", "patients", "nobody"]].tolist() == [0, 0, 1, 0, 1]
     assert n.loc["all", "films"] == len(f) and n.loc["all", ["healthy", "ill"]].sum() == len(f) - 1
-    assert ex.prevalence(f, unknown="picture")["films"].tolist() == [len(f) - 1] * 2
+    assert ex.prevalence(f)["films"].tolist() == [len(f) - 1] * 2
 
 
 def test_findings_keep_their_unknowns():
-    f = frame([dict(path=f"{i}.png", patient=str(i), A=a, B=b) for i, (a, b) in enumerate([(1, 1), (1, np.nan), (0, 1), (np.nan, 0), (0, 0)])])
+    f = frame([dict(path=f"{i}.png", patient=str(i), A=a, B=b) for i, (a, b) in enumerate([(1, 1), (1, np.nan), (0, 1), (np.nan, 0), (0, 0)])], findings=["A", "B"])
     assert ex.cooccurrence(f).to_numpy().tolist() == [[2, 1], [1, 2]]
     assert ex.prevalence(f)[["films", "positive"]].to_numpy().tolist() == [[4, 2], [4, 2]]
-    assert ex._target(f, None)[0].tolist()[:3] == [1, 1, 1] and np.isnan(ex._target(f, None)[0][3]) and ex._target(f, None)[0][4] == 0
+    assert ex.target_of(f)[0].tolist()[:3] == [1, 1, 1] and np.isnan(ex.target_of(f)[0][3]) and ex.target_of(f)[0][4] == 0
     assert ex.shares(f.assign(view=["PA", "PA", "AP", "AP", None]), "view")["value"].tolist() == ["PA", "AP", "missing"]
 
 
@@ -73,8 +104,8 @@ def test_unknown_words_are_refused():
     with pytest.raises(CourseError, match="unknown class or finding 'TB'"): ex.shortcuts(people(20), target="TB")
     with pytest.raises(CourseError, match="no column 'ward'"): ex.shares(people(20), "ward")
     with pytest.raises(CourseError, match="nothing to try"): ex.shortcuts(people(40))
-    with pytest.raises(CourseError, match="no film of this frame has a size"): ex.plot_sizes(people(20))
-    with pytest.raises(CourseError, match="have no patient"): ex.shortcuts(people(40).assign(patient=None, age=3.))
+    with pytest.raises(CourseError, match="no image of this frame has a size"): ex.plot_sizes(people(20))
+    with pytest.raises(CourseError, match="have no patient"): ex.shortcuts(regroup(people(40).assign(patient=None, age=3.)))
 
 
 def test_finds_a_tied_source_and_a_tied_age_and_nothing_else():
@@ -139,7 +170,7 @@ def test_a_damaged_film_is_named_or_skipped(drawn, tmp_path):
 def test_every_plot_is_a_figure_and_none_is_left_open(drawn):
     import matplotlib.pyplot as plt
     g, before = ex.glance(drawn), len(plt.get_fignums())
-    both = frame(drawn.drop(columns="label").assign(Edema=(drawn["label"] == "ill").astype(float), Mass=0.))
+    both = frame(drawn.drop(columns="label").assign(Edema=(drawn["label"] == "ill").astype(float), Mass=0.), findings=["Edema", "Mass"])
     found = ex.shortcuts(drawn, g)
     figures = [ex.plot_counts(drawn), ex.plot_counts(both), ex.plot_patients(drawn), ex.plot_prevalence(ex.prevalence(both)), ex.plot_cooccurrence(both), ex.plot_sizes(drawn), ex.plot_sizes(both, by=["split"]),
                ex.plot_brightness(both, g), ex.plot_shares(drawn.assign(view=["AP", "PA"] * 40)), ex.plot_shortcuts(found), ex.plot_shortcuts({"a": found, "b": found})]
@@ -158,16 +189,32 @@ def test_the_page_needs_nothing_but_itself(drawn, tmp_path):
 
 
 def test_the_page_says_when_nobody_is_known(drawn, tmp_path):
-    text = ex.overview(drawn.assign(patient=None), tmp_path / "page").read_text(encoding="utf-8")
-    assert "or else the film, counts as one" in text and "80 films without one" in text
+    text = ex.overview(frame(drawn.assign(patient=None, group=None)), tmp_path / "page").read_text(encoding="utf-8")
+    assert "or else the image, counts as one" in text and "80 images without one" in text
     few = ex.overview(drawn.head(6), tmp_path / "few").read_text(encoding="utf-8")
     assert "No search for shortcuts: too few patients" in few
 
 
 def test_a_killed_page_leaves_nothing(drawn, tmp_path, monkeypatch):
-    monkeypatch.setattr(ex, "plot_average", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(exploration_page, "plot_average", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt): ex.overview(drawn, tmp_path / "page")
     assert not [p for p in tmp_path.iterdir() if "page" in p.name]
+
+
+def test_only_an_impossible_search_leaves_a_page_without_shortcuts(drawn, tmp_path, monkeypatch):
+    "Any other error, a CourseError too, is told and not hidden in a footnote of the page."
+    with pytest.raises(CourseError, match="unknown class or finding 'TB'"): ex.overview(drawn, tmp_path / "a", pixels=False, target="TB")
+    def wrong(*a): raise CourseError("a mistake of ours")
+    monkeypatch.setattr(exploration_page, "shortcuts", wrong)
+    with pytest.raises(CourseError, match="a mistake of ours"): ex.overview(drawn, tmp_path / "b", pixels=False)
+    assert not [p for p in tmp_path.iterdir() if p.suffix != ".png"]
+
+
+def test_columns_beside_the_findings_are_no_findings():
+    rows = [dict(path=f"{i}.png", patient=str(i), Effusion=i % 2, smoker=i % 3 == 0, pacemaker=0, weight=50 + i) for i in range(40)]
+    f = frame(rows, findings=["Effusion"])
+    assert list(ex.prevalence(f)["finding"]) == ["Effusion"] and list(ex.cooccurrence(f)) == ["Effusion"]
+    assert ex.counts(f).columns.tolist() == ["Effusion", "films", "patients", "nobody"] and ex.shares(f, "weight")["films"].sum() == 40
 
 
 def test_importing_is_light():
@@ -176,8 +223,8 @@ def test_importing_is_light():
 
 
 def test_real_size_shortcut(real_data):
-    f = load(real_data / "kaggle_full_size" / "chest_xray")
-    t = ex.shortcuts(f, ex.glance(f), unknown="picture").set_index("shortcut")
+    f = load(real_data / "kaggle_full_size" / "chest_xray", unknown="image")
+    t = ex.shortcuts(f, ex.glance(f)).set_index("shortcut")
     assert t.loc["size", "suspicious"] and t.loc["size", "auc"] > .85 and abs((f["height"] / f["width"]).mean() - .72) < .02
 
 
@@ -185,8 +232,8 @@ def test_real_children_among_adults(real_data):
     root = real_data / "covid_qu_ex_layout"
     adults = load(root, classes=2)
     adults = adults.loc[adults["label"] == "Normal", "path"].tolist()
-    f = frame([dict(path=str(p), label="child") for p in sorted((root / "confound_paediatric_normals").glob("*.png"))] + [dict(path=p, label="other") for p in adults], ["other", "child"])
-    t = ex.shortcuts(f, ex.glance(f), unknown="picture").set_index("shortcut")
+    f = frame([dict(path=str(p), label="child") for p in sorted((root / "confound_paediatric_normals").glob("*.png"))] + [dict(path=p, label="other") for p in adults], ["other", "child"], unknown="image")
+    t = ex.shortcuts(f, ex.glance(f)).set_index("shortcut")
     assert t.loc[["grain", "border", "corners"], "suspicious"].all() and t.loc["border", "auc"] > .95
 
 

@@ -7,11 +7,12 @@ import zlib
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from PIL import Image
 
-from cxr_course import images
-from cxr_course.core import CourseError
+from cxr_course import checks, duplicates, exploration_page, exploring, files, images, loading, splits
+from cxr_course.core import CourseError, frame
 
 RAMP = np.tile(np.linspace(0, 1, 97, dtype=np.float32), (64, 1)) * np.linspace(1, .4, 64, dtype=np.float32)[:, None]
 EIGHT = (RAMP * 255).round().astype(np.uint8)
@@ -206,6 +207,99 @@ def test_without_the_extra_package(tmp_path, monkeypatch, module, make):
     with pytest.raises(CourseError, match=r"needs the package " + module + r"(.|\n)*pip install 'cxr-course\[dicom\]'"): images.read(p)
 
 
+# ---------------------------------------------------------------- one reader for everything
+
+TAGGED = STORED.copy()
+TAGGED[2:8, 2:12] = 60000                                                # a lead marker, far outside the window
+WINDOW = dict(WindowCenter="2000.5", WindowWidth="4001")
+ODD = {"inverse": (4000 - STORED, dict(PresentationLUTShape="INVERSE", **WINDOW)), "tag": (TAGGED, WINDOW), "rgb": (np.stack([EIGHT] * 3, -1), {}),
+       "mono1": (4000 - STORED, dict(PhotometricInterpretation="MONOCHROME1", **WINDOW))}
+
+
+@pytest.mark.parametrize("case", ODD)
+def test_whoever_looks_at_a_dicom_file_sees_the_same(tmp_path, case):
+    "What a network is trained on, what exploration measures and what the search for near-duplicates compares."
+    stored, tags = ODD[case]
+    x = images.read(dicom(tmp_path / "a.dcm", stored.astype(stored.dtype), **tags))
+    assert np.abs(x[10:] - RAMP[10:]).max() < .006                       # bones are white, whatever the file asks for
+    look = exploring.glance(pd.DataFrame({"path": [str(tmp_path / "a.dcm")]}))
+    small = duplicates.thumbnail(tmp_path / "a.dcm")
+    assert look.mean[0] == pytest.approx(x.mean(), abs=1e-6) and look.small[0].mean() / 255 == pytest.approx(x.mean(), abs=.01)
+    assert small.mean() / 255 == pytest.approx(x.mean(), abs=.01)
+    assert (exploring.quick_read(tmp_path / "a.dcm") == x).all()
+
+
+def test_near_duplicates_of_dicom_files_are_found(tmp_path):
+    "Each odd file beside the PNG that somebody made of it; and no two different films are called the same."
+    rows = []
+    for i, (case, (stored, tags)) in enumerate(ODD.items()):
+        g = np.random.default_rng(i)
+        soft = np.asarray(Image.fromarray(g.random((7, 6), dtype=np.float32)).resize((96, 120), Image.Resampling.BICUBIC)).clip(0, 1)
+        chest = (soft * 4000).round().astype(np.uint16)
+        if case == "tag": chest[2:8, 2:12] = 60000
+        if case in ("inverse", "mono1"): chest = 4000 - chest
+        if case == "rgb": chest = np.stack([(soft * 255).round().astype(np.uint8)] * 3, -1)
+        dicom(tmp_path / f"{case}.dcm", chest, **tags)
+        shown = np.where(chest == 60000, 1, soft) if case == "tag" else soft
+        Image.fromarray((shown * 255).round().astype(np.uint8)).resize((80, 100)).save(tmp_path / f"{case}.png")
+        rows += [dict(path=str(tmp_path / f"{case}.{end}"), label="ab"[i % 2], patient=case, split="train") for end in ("dcm", "png")]
+    f = frame(rows)
+    pairs = checks.check(f).pairs
+    assert len(pairs) == len(ODD) and (pairs["patient_a"] == pairs["patient_b"]).all()
+    found = splits.twins(f[f["path"].str.endswith("dcm")], f[f["path"].str.endswith("png")], near=True)
+    assert sorted(Path(p).stem for p in found["one"]) == sorted(Path(p).stem for p in found["other"]) == sorted(ODD)
+
+
+def test_a_coloured_dicom_stops_nobody_without_being_named(tmp_path):
+    "An RGB-encoded grey film is read; a really coloured one is named, and can be left out."
+    for i in range(12):
+        chest = np.random.default_rng(i).integers(0, 256, (40, 30), dtype=np.uint8)
+        dicom(tmp_path / f"{i}.dcm", np.stack([chest, chest // (3 if i == 5 else 1), chest], -1))
+    f = frame([dict(path=str(tmp_path / f"{i}.dcm"), label="ab"[i % 2], patient=str(i), split="train") for i in range(12)])
+    found = checks.check(f)
+    assert [Path(p).name for p in found.bad["path"]] == ["5.dcm"] and "colour image" in found.bad["error"][0]
+    with pytest.raises(CourseError, match="colour image(.|\n)*5.dcm"): exploration_page.overview(f, tmp_path / "page")
+    text = exploration_page.overview(f, tmp_path / "page", skip_bad=True).read_text()
+    assert "Greys" in text and len(found.readable) == 11
+
+
+# ---------------------------------------------------------------- damage, and mistakes of ours
+
+@pytest.mark.parametrize("mistake", [AttributeError, TypeError, ZeroDivisionError, NameError, AssertionError])
+@pytest.mark.parametrize("module, name, file", [(files, "_pil", "a.png"), (files, "_dicom", "a.dcm"), (images, "_show_plain", "a.png"), (images, "dicom_display", "a.dcm")])
+def test_a_mistake_of_ours_is_never_taken_for_a_bad_file(tmp_path, monkeypatch, module, name, file, mistake):
+    def wrong(*a, **k): raise mistake("a typing error")
+    Image.fromarray(EIGHT).save(tmp_path / "a.png")
+    dicom(tmp_path / "a.dcm", STORED)
+    monkeypatch.setattr(module, name, wrong)
+    f = frame([dict(path=str(tmp_path / file), label="x")])
+    for look in (images.read, duplicates.thumbnail, exploring.quick_read):
+        with pytest.raises(mistake, match="typing error"): look(tmp_path / file)
+    with pytest.raises(mistake, match="typing error"): checks.check(f)
+    with pytest.raises(mistake, match="typing error"): exploring.glance(f, skip_bad=True)
+    if module is files:
+        (tmp_path / "t.csv").write_text("path,label\na.png,x\na.dcm,y\n")
+        with pytest.raises(mistake, match="typing error"): loading.load(tmp_path / "t.csv", skip_bad=True)
+
+
+def test_what_a_library_says_of_damage_is_damage(tmp_path):
+    "The same exceptions, raised inside the library that opens the file, are about the file."
+    Image.fromarray(EIGHT).save(tmp_path / "a.png")
+    for break_it in (lambda: Image.fromarray(object()), lambda: pydicom.Dataset().NoSuchTag):
+        with pytest.raises(CourseError, match="damaged(.|\n)*a.png"):
+            with files.blame_file(tmp_path / "a.png", "damaged"): break_it()
+
+
+def test_a_window_of_width_one(tmp_path):
+    "PS3.3 C.11.2.1.2: at width 1 every value is black up to centre - 0.5, and white above."
+    x = np.array([1, 1.4, 1.5, 1.5001, 2, 3])
+    assert images.window(x, 2, 1).tolist() == [0, 0, 0, 1, 1, 1] and images.window(x, 2, 1).dtype == np.float32
+    assert images.window(x, 2, 1, "LINEAR_EXACT").tolist() == pytest.approx([0, 0, 0, .0001, .5, 1], abs=1e-6)
+    p = dicom(tmp_path / "a.dcm", STORED, WindowCenter="2000", WindowWidth="1")
+    assert (images.read(p) == (STORED > 1999.5)).all()
+    with pytest.raises(CourseError, match="at least 1 for LINEAR"): images.window(x, 2, .5)
+
+
 # ---------------------------------------------------------------- NIfTI
 
 def nifti(path, x, affine=None, **head):
@@ -238,7 +332,7 @@ def test_nifti_coronal_is_put_upright(tmp_path, flip_x, flip_z):
 
 
 def test_a_volume_is_refused(tmp_path):
-    with pytest.raises(CourseError, match="not one flat picture(.|\n)*v.nii"): images.read(nifti(tmp_path / "v.nii", np.zeros((8, 9, 10), np.int16)))
+    with pytest.raises(CourseError, match="not one flat image(.|\n)*v.nii"): images.read(nifti(tmp_path / "v.nii", np.zeros((8, 9, 10), np.int16)))
 
 
 # ---------------------------------------------------------------- files that must be refused
@@ -274,7 +368,7 @@ def test_a_dicom_bomb(tmp_path):
 
 def test_multi_page_tiff_is_refused(tmp_path):
     Image.fromarray(EIGHT).save(tmp_path / "two.tiff", save_all=True, append_images=[Image.fromarray(EIGHT)])
-    with pytest.raises(CourseError, match="2 pictures in one file"): images.read(tmp_path / "two.tiff")
+    with pytest.raises(CourseError, match="2 images in one file"): images.read(tmp_path / "two.tiff")
 
 
 def test_colour_is_refused_but_a_small_coloured_mark_is_not(tmp_path):
@@ -285,7 +379,7 @@ def test_colour_is_refused_but_a_small_coloured_mark_is_not(tmp_path):
     hue = np.stack([EIGHT, EIGHT[::-1], EIGHT[:, ::-1]], -1)
     for name, mode in (("c.png", "RGB"), ("c.jpeg", "RGB"), ("cmyk.jpeg", "CMYK"), ("pal.png", "P")):
         Image.fromarray(hue).convert(mode).save(tmp_path / name)
-        with pytest.raises(CourseError, match=f"colour picture(.|\n)*{name}"): images.read(tmp_path / name)
+        with pytest.raises(CourseError, match=f"colour image(.|\n)*{name}"): images.read(tmp_path / name)
 
 
 def every_kind(folder):

@@ -14,7 +14,8 @@ from PIL import Image
 
 from cxr_course import pipelines
 from cxr_course.core import CourseError, frame
-from cxr_course.pipelines import Normalizer, Store, build, stream
+from cxr_course.images import read, to_unit
+from cxr_course.pipelines import Normalizer, Store, build, decode_shard, stream
 
 REAL = Path(os.environ.get("CXR_COURSE_REAL_DATA") or Path(__file__).resolve().parents[2] / "shared" / "data")
 
@@ -190,7 +191,7 @@ def test_unfinished_store_is_refused(tmp_path):
 
 
 def test_findings_keep_unknown(films):
-    s = build(films.drop(columns="label").assign(Effusion=[1., 0., None, 1.] * 10, Mass=0.), (12, 10))
+    s = build(frame(films.drop(columns="label").assign(Effusion=[1., 0., None, 1.] * 10, Mass=0.), findings=["Effusion", "Mass"]), (12, 10))
     y = s.labels("train")
     assert y.shape == (20, 2) and np.isnan(y).sum() == s.frame[s.frame["split"] == "train"]["Effusion"].isna().sum() and y.dtype == np.float32
     with pytest.raises(CourseError, match="have no label"): build(films.assign(label=films["label"].where(films.index > 3)), (12, 10)).labels("train")
@@ -202,7 +203,7 @@ def test_shapes_that_are_none(films, shape):
 
 
 def test_nothing_to_decode(films):
-    with pytest.raises(CourseError, match="no films"): build(films.iloc[:0], (8, 8))
+    with pytest.raises(CourseError, match="no images"): build(films.iloc[:0], (8, 8))
     with pytest.raises(CourseError, match="batch of 0"): stream(build(films, (12, 10)), "train", batch=0)
 
 
@@ -229,6 +230,54 @@ def test_keras_takes_the_stream(films):
     assert len(done.history["val_loss"]) == 3 and np.isfinite(done.history["loss"]).all()
     model.fit(stream(s, "train", batch=8, shuffle=0, repeat=True), steps_per_epoch=5, epochs=2, shuffle=False, verbose=0)
     assert model.predict(stream(s, "test", batch=7), verbose=0).shape == (len(s.rows("test")), 1)
+
+
+def test_bytes_become_numbers_in_one_way(films, tmp_path):
+    "Each of the 256 grey levels is the same number in a file, in a store and in a stream, to the last bit."
+    Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16)).save(tmp_path / "levels.png")
+    f = frame([dict(path=str(tmp_path / "levels.png"), patient="a", split="train", label="x")])
+    s = build(f, (16, 16))
+    x = read(tmp_path / "levels.png")
+    assert (x == to_unit(np.arange(256, dtype=np.uint8)).reshape(16, 16)).all() and x.dtype == np.float32
+    assert (s.array()[0, ..., 0] == x).all() and (next(iter(stream(s, "train")))[0].numpy()[0, ..., 0] == x).all()
+    assert (next(iter(stream(s, "train", normalise=lambda x: x)))[0].numpy()[0, ..., 0] == x).all()
+
+
+def test_another_engine_decodes_the_same_store(films, tmp_path, monkeypatch):
+    "Shards that somebody else decodes, in any order of work, make the same bytes; a shard that is done is not asked for again."
+    monkeypatch.setattr(pipelines, "SHARD", 8)
+    asked = []
+    def elsewhere(shards, shape):
+        asked.extend(shards)
+        with ThreadPoolExecutor(3) as pool: yield from pool.map(lambda paths: decode_shard(paths, shape, 1), shards)
+    here, there = build(films, (12, 10), tmp_path / "here"), build(films, (12, 10), tmp_path / "there", decode=elsewhere)
+    assert contents(here.folder) == contents(there.folder) and [len(a) for a in asked] == [8] * 5
+    def dies(shards, shape):
+        for i, one in enumerate(elsewhere(shards, shape)):
+            if i == 3: raise KeyboardInterrupt
+            yield one
+    with pytest.raises(KeyboardInterrupt): build(films, (12, 10), tmp_path / "later", decode=dies)
+    asked.clear()
+    assert contents(build(films, (12, 10), tmp_path / "later", decode=elsewhere).folder) == contents(here.folder) and len(asked) == 2
+
+
+@pytest.mark.parametrize("mistake", [AttributeError, TypeError, ZeroDivisionError, NameError, AssertionError])
+def test_a_mistake_of_ours_is_no_bad_film(films, monkeypatch, mistake):
+    def wrong(*a, **k): raise mistake("a typing error")
+    monkeypatch.setattr(pipelines, "fit", wrong)
+    with pytest.raises(mistake, match="typing error"): build(films, (12, 10), skip_bad=True)
+
+
+def test_leakage_is_looked_for_once_a_frame(films, monkeypatch):
+    s, asked = build(films, (12, 10)), []
+    monkeypatch.setattr(pipelines, "refuse_leakage", lambda f, real=pipelines.refuse_leakage: asked.append(len(f)) or real(f))
+    for split in ("train", "val", "train", "test"): stream(s, split)
+    assert asked == [40]
+    leaky = s.using(films.assign(split=["train", "val"] * 20))
+    for _ in range(2):
+        with pytest.raises(CourseError, match="share 20 patients"): stream(leaky, "train")
+    nobody = s.using(frame(films.assign(patient=None, group=None)))
+    assert len(list(stream(nobody, "val"))) == 1                         # who is who is unknown, so nobody can be caught on both sides
 
 
 def test_stream_repeats_and_normalises(films):

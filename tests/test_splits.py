@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from cxr_course.core import CourseError, frame
+from cxr_course.core import CourseError, frame, regroup
 from cxr_course.splits import balanced, hold_out, kfold, leakage, official, refuse_leakage, split, twins
 
 REAL = Path(os.environ.get("CXR_COURSE_REAL_DATA") or Path(__file__).resolve().parents[2] / "shared" / "data")
@@ -20,6 +20,11 @@ def world(n=200, seed=0, root="set"):
     g = np.random.default_rng(seed)
     return frame([dict(path=f"{root}/{k}/{p}-{i}.png", patient=f"{p}", label=k) for p in range(n) for k in [g.choice(["NORMAL", "BACTERIA", "VIRUS"], p=[.5, .3, .2])] for i in range(g.integers(1, 6))],
                  ["NORMAL", "BACTERIA", "VIRUS"])
+
+
+def nameless(f):
+    "The same images, of nobody, each by itself."
+    return regroup(f.assign(patient=None), "image")
 
 
 CODE = "import pandas as pd, sys; from cxr_course import core, splits; f = core.frame(pd.read_csv(sys.argv[1], dtype={'patient': str})); print(''.join(s[1] for s in splits.split(f, seed=3).sort_values('path')['split']))"
@@ -33,16 +38,17 @@ def test_same_split_in_other_processes_and_row_orders(tmp_path):
     assert len(said) == 1
 
 
-@pytest.mark.parametrize("cut", [lambda f: split(f, unknown="picture"), lambda f: kfold(f, 3, unknown="picture")[1], lambda f: balanced(f, 20, 10, unknown="picture"),
-                                 lambda f: hold_out(f.assign(split=np.where(f["path"].str.contains("-0.png"), "test", "train")), unknown="picture")])
+@pytest.mark.parametrize("cut", [split, lambda f: kfold(f, 3)[1], lambda f: balanced(f, 20, 10),
+                                 lambda f: hold_out(f.assign(split=np.where(f["path"].str.contains("-0.png"), "test", "train")))])
 def test_the_folder_does_not_matter_even_without_patients(cut):
-    a, b = (cut(world(root=r).assign(patient=None)) for r in ("set", "/mnt/other disk/copy/of/set"))
+    a, b = (cut(nameless(world(root=r))) for r in ("set", "/mnt/other disk/copy/of/set"))
     assert a["split"].tolist() == b["split"].tolist()
 
 
 def test_windows_paths_split_like_others():
-    f = world().assign(patient=None)
-    assert split(f, unknown="picture")["split"].tolist() == split(f.assign(path="C:\\data\\" + f["path"].str.replace("/", "\\")), unknown="picture")["split"].tolist()
+    f = nameless(world())
+    elsewhere = nameless(f.assign(path="C:\\data\\" + f["path"].str.replace("/", "\\")))
+    assert split(f)["split"].tolist() == split(elsewhere)["split"].tolist()
 
 
 def test_seeds_differ_and_rows_stay():
@@ -60,7 +66,7 @@ def test_any_index_is_kept():
 def test_large_patients_do_not_drift():
     g = np.random.default_rng(0)
     sizes = g.geometric(.25, 3000)
-    f = frame(pd.DataFrame({"path": [f"{i}.png" for i in range(sizes.sum())], "patient": np.repeat(np.arange(3000), sizes).astype(str), "Effusion": (g.random(sizes.sum()) < .1) * 1.}))
+    f = frame(pd.DataFrame({"path": [f"{i}.png" for i in range(sizes.sum())], "patient": np.repeat(np.arange(3000), sizes).astype(str), "Effusion": (g.random(sizes.sum()) < .1) * 1.}), findings=["Effusion"])
     means = []
     for seed in range(5):
         s = split(f, seed=seed).groupby("patient").agg(s=("split", "first"), n=("path", "size")).groupby("s")["n"].mean()
@@ -75,7 +81,7 @@ def test_patients_with_several_labels_stay_whole():
 
 
 def test_unknown_findings_count_for_nobody():
-    f = frame([dict(path=f"{p}.png", patient=str(p), Effusion=[1, 0, None][p % 3], Mass=None) for p in range(90)])
+    f = frame([dict(path=f"{p}.png", patient=str(p), Effusion=[1, 0, None][p % 3], Mass=None) for p in range(90)], findings=["Effusion", "Mass"])
     assert abs(split(f).groupby("split")["Effusion"].sum() - pd.Series(dict(train=21, val=3, test=6))).max() <= 1
 
 
@@ -92,14 +98,15 @@ def test_too_few_patients():
 def test_missing_patients_raise_unless_told():
     f = world()
     f.loc[3, "patient"] = None
+    f = regroup(f)
     for call in (split, kfold, refuse_leakage, lambda f: leakage(f, f), lambda f: balanced(f, 5, 2), lambda f: hold_out(f.assign(split="train")), lambda f: official(f, {"train": [Path(p).name for p in f["path"]]})):
         with pytest.raises(CourseError, match="1 of .* have no patient"): call(f.assign(split="train") if call is refuse_leakage else f)
-    refuse_leakage(split(f, unknown="picture"), unknown="picture")
+    refuse_leakage(split(regroup(f, "image")))
 
 
 def test_films_of_one_study_stay_together():
-    f = frame([dict(path=f"{s}-{i}.png", study=f"IM-{s}", label=("A", "B")[s % 2]) for s in range(30) for i in range(3)])
-    assert split(f, unknown="picture").groupby("study")["split"].nunique().max() == 1
+    f = frame([dict(path=f"{s}-{i}.png", study=f"IM-{s}", label=("A", "B")[s % 2]) for s in range(30) for i in range(3)], unknown="image")
+    assert split(f).groupby("study")["split"].nunique().max() == 1
 
 
 def test_hold_out_pools_a_validation_that_shares_patients():
@@ -120,7 +127,7 @@ def test_balanced_counts_and_diversity():
     n = b[(b["label"] == "NORMAL") & (b["split"] == "train")]["patient"].nunique()
     assert n == 100            # enough patients for one film each
     with pytest.raises(CourseError, match=r"VIRUS \d+ \(of \d+ outside the test\)"): balanced(f, 500, 10)
-    with pytest.raises(CourseError, match="by class"): balanced(f.drop(columns="label").assign(Mass=1.), 1, 1)
+    with pytest.raises(CourseError, match="by class"): balanced(frame(f.drop(columns="label").assign(Mass=1.), findings=["Mass"]), 1, 1)
 
 
 def test_official_lists(tmp_path):
@@ -178,10 +185,67 @@ def test_official_nih_size_in_two_seconds():
 @real
 def test_real_kaggle_validation():
     from cxr_course.data import load
-    f = load(REAL / "kaggle" / "chest_xray", sizes=False)
-    with pytest.raises(CourseError, match="have no patient"): hold_out(f)
-    out = hold_out(f, unknown="picture")
+    with pytest.raises(CourseError, match="have no patient"): hold_out(load(REAL / "kaggle" / "chest_xray", sizes=False))
+    f = load(REAL / "kaggle" / "chest_xray", sizes=False, unknown="image")
+    out = hold_out(f)
     share = (out["split"] == "val").sum() / (out["split"] != "test").sum()
     assert abs(share - .2) < .005 and (out["split"] == "test").sum() == (f["split"] == "test").sum()
     shares = out[out["split"] != "test"].groupby("split")["label"].apply(lambda s: (s == "PNEUMONIA").mean())
     assert abs(shares["train"] - shares["val"]) < .01
+
+
+# ---------------------------------------------------------------- mutants that lived
+
+def test_hold_out_refuses_a_test_that_shares_patients_with_the_rest():
+    f = world().assign(split="train")
+    f.loc[f["path"].str.endswith("-1.png"), "split"] = "test"            # patients with two images stand on both sides
+    with pytest.raises(CourseError, match="share .* patients"): hold_out(f)
+
+
+def test_the_rarest_class_is_dealt_first():
+    "Six rare patients, each of whom brings many images of the common class as well: dealt late, they would all be somewhere already."
+    rows = [dict(path=f"c{p}-{i}.png", patient=f"c{p}", label="common") for p in range(60) for i in range(1 + p % 5)]
+    rows += [dict(path=f"r{p}-{i}.png", patient=f"r{p}", label="rare" if i == 0 else "common") for p in range(10) for i in range(6)]
+    for seed in range(20):
+        rare = split(frame(rows), {"train": .5, "test": .5}, seed).query("label == 'rare'")["split"].value_counts()
+        assert rare.to_dict() == {"train": 5, "test": 5}, seed
+
+
+def test_patients_with_many_images_do_not_drift_into_the_large_pile():
+    "Half of what a usual patient brings, and not half of what this one brings, is added before piles are compared."
+    g, shares = np.random.default_rng(1), []
+    for seed in range(40):
+        sizes = np.where(g.random(120) < .1, 12, 1)
+        f = frame([dict(path=f"{p}-{i}.png", patient=str(p), label=("A", "B")[p % 2]) for p, n in enumerate(sizes) for i in range(n)])
+        large = f[f.groupby("patient")["path"].transform("size") == 12]
+        shares.append((split(f, {"train": .8, "test": .2}, seed).loc[large.index, "split"] == "test").mean())
+    assert abs(np.mean(shares) - .2) < .04
+
+
+@pytest.mark.parametrize("n", [9, 15, 21, 34])
+def test_single_images_are_dealt_by_websters_rule(n):
+    shares, seats = dict(train=.7, val=.1, test=.2), dict(train=0, val=0, test=0)
+    for _ in range(n):
+        behind = min(shares, key=lambda s: (seats[s] + .5) / shares[s])
+        seats[behind] += 1
+    f = frame([dict(path=f"{p}.png", patient=str(p), label="only") for p in range(n)])
+    assert split(f)["split"].value_counts().to_dict() == seats
+
+
+def test_columns_beside_the_findings_do_not_steer_the_split():
+    g, n = np.random.default_rng(0), 300
+    rows = pd.DataFrame({"path": [f"{i}.png" for i in range(n)], "patient": [str(i) for i in range(n)], "Effusion": (g.random(n) < .2) * 1.})
+    told = rows.assign(smoker=(g.random(n) < .3) * 1., pacemaker=(g.random(n) < .1) * 1., weight=g.integers(40, 120, n))
+    assert split(frame(rows, findings=["Effusion"]))["split"].tolist() == split(frame(told, findings=["Effusion"]))["split"].tolist()
+
+
+def test_misuse_of_the_guard_is_told():
+    f = split(world(40))
+    train, test = f[f["split"] == "train"], f[f["split"] == "test"]
+    refuse_leakage(train=train, test=test)
+    refuse_leakage(train=["a", "b"], test=["c"])
+    assert leakage(["a", "b"], ["b"]) and not leakage([1, 2], [3])
+    with pytest.raises(CourseError, match="2 frames(.|\n)*refuse_leakage\\(train=one, test=other\\)"): refuse_leakage(train, test)
+    with pytest.raises(CourseError, match="0 frames"): refuse_leakage()
+    with pytest.raises(CourseError, match="no column `split`"): refuse_leakage(train.drop(columns="split"))
+    with pytest.raises(CourseError, match="is no frame"): refuse_leakage(f, unknown="picture")
