@@ -1,4 +1,4 @@
-"""What all tests share: where the repository is, one cache for the phantom's films, the real films if they are at hand."""
+"""What all tests share: where the repository is, no network, one cache for the phantom's images, the real images if they are at hand."""
 import os
 import sys
 from pathlib import Path
@@ -6,7 +6,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))   # for `tools`, which is never installed
+OFFLINE = ROOT / "tests" / "offline"
+sys.path.insert(0, str(ROOT)) # for `tools`, which is never installed
+sys.path.insert(0, str(OFFLINE)) # no test reaches another machine ...
+sys.modules.pop("sitecustomize", None)
+import sitecustomize # noqa: E402, F401
+
+# ... and neither do the kernels and programs that it starts
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(OFFLINE), os.environ.get("PYTHONPATH")]))
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 os.environ.setdefault("MPLBACKEND", "agg")
@@ -22,14 +29,18 @@ if (worker := os.environ.get("PYTEST_XDIST_WORKER")) and hasattr(os, "sched_seta
 def pytest_collection_modifyitems(items):
     "A file stays with one worker, since its tests share what they made; the notebooks go wherever there is room."
     for item in items:
-        if item.path.name != "test_notebooks.py": item.add_marker(pytest.mark.xdist_group(item.path.stem))
+        if item.path.name != "test_notebooks.py":
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
 
 
 def pytest_terminal_summary(terminalreporter):
-    "What each chapter took and found, in the order of reading."
-    notes = sorted((note, name) for report in terminalreporter.getreports("") for name, note in report.user_properties if name == "chapter")
-    if notes: terminalreporter.section("chapters at size tiny")
-    for note, _ in notes: terminalreporter.write_line(note)
+    "What each notebook took and found."
+    reports = terminalreporter.getreports("")
+    notes = sorted(note for report in reports for name, note in report.user_properties if name == "notebook")
+    if notes:
+        terminalreporter.section("notebooks at size tiny")
+    for note in notes:
+        terminalreporter.write_line(note)
 
 
 @pytest.fixture(scope="session")
@@ -40,7 +51,7 @@ def root():
 
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory):
-    "One cache for the session: the films of the tiny world are made once, and nothing old can make a test pass."
+    "One cache for the session: the images of the tiny world are made once, and nothing old can make a test pass."
     folder = tmp_path_factory.mktemp("cache")
     os.environ["CXR_COURSE_CACHE"] = str(folder)
     return folder
@@ -48,7 +59,8 @@ def cache(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def real_data():
-    "The folder of real films: CXR_COURSE_REAL_DATA, or `../shared/data` beside the repository."
+    "The folder of real images: CXR_COURSE_REAL_DATA, or `../shared/data` beside the repository."
     folder = Path(os.environ.get("CXR_COURSE_REAL_DATA") or ROOT.parent / "shared" / "data")
-    if not folder.is_dir(): pytest.skip(f"no real films at {folder}; set CXR_COURSE_REAL_DATA to a folder that has them")
+    if not folder.is_dir():
+        pytest.skip(f"no real images at {folder}; set CXR_COURSE_REAL_DATA to a folder that has them")
     return folder
