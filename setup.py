@@ -1,4 +1,5 @@
 """Everything about the package is in settings.ini; this file only hands it to setuptools."""
+
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -16,7 +17,10 @@ def words(key):
 
 extras = {name: words(f"{name}_requirements") for name in ("dicom", "tune", "scale", "lab", "docs")}
 # whoever works on the course reads DICOM and NIfTI, searches, opens the lab and renders the site; Ray stays a choice, it is large
-extras["dev"] = sorted({*words("dev_requirements"), *(w for name in ("dicom", "tune", "lab", "docs") for w in extras[name])})
+extras["dev"] = sorted({
+    *words("dev_requirements"),
+    *(w for name in ("dicom", "tune", "lab", "docs") for w in extras[name]),
+})
 readme = here / "README.md"
 
 setup(

@@ -1,4 +1,6 @@
-"""What all tests share: where the repository is, no network, one cache for the phantom's images, the real images if they are at hand."""
+"""What all tests share: where the repository is, no network, one cache for the phantom's images, the real
+images if they are at hand."""
+
 import os
 import sys
 from pathlib import Path
@@ -7,10 +9,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 OFFLINE = ROOT / "tests" / "offline"
-sys.path.insert(0, str(ROOT)) # for `tools`, which is never installed
-sys.path.insert(0, str(OFFLINE)) # no test reaches another machine ...
+sys.path.insert(0, str(ROOT))  # for `tools`, which is never installed
+sys.path.insert(0, str(OFFLINE))  # no test reaches another machine ...
 sys.modules.pop("sitecustomize", None)
-import sitecustomize # noqa: E402, F401
+import sitecustomize  # noqa: E402, F401
 
 # ... and neither do the kernels and programs that it starts
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(OFFLINE), os.environ.get("PYTHONPATH")]))
@@ -19,15 +21,16 @@ os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 os.environ.setdefault("MPLBACKEND", "agg")
 os.environ["CXR_COURSE_SIZE"] = "tiny"
 
-# `make test` runs two workers. Each keeps to its share of the cores, so that two TensorFlows do not fight over all of them.
+# `make test` runs two workers. Each keeps to its share of the cores,
+# so that two TensorFlows do not fight over all of them.
 if (worker := os.environ.get("PYTEST_XDIST_WORKER")) and hasattr(os, "sched_setaffinity"):
     cores, workers = sorted(os.sched_getaffinity(0)), int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
-    os.sched_setaffinity(0, cores[int(worker[2:]) % len(cores)::workers] or cores)
+    os.sched_setaffinity(0, cores[int(worker[2:]) % len(cores) :: workers] or cores)
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    "A file stays with one worker, since its tests share what they made; the notebooks go wherever there is room."
+    "A file stays with one worker, since its tests share what they made; notebooks go where there is room."
     for item in items:
         if item.path.name != "test_notebooks.py":
             item.add_marker(pytest.mark.xdist_group(item.path.stem))
@@ -51,7 +54,7 @@ def root():
 
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory):
-    "One cache for the session: the images of the tiny world are made once, and nothing old can make a test pass."
+    "One cache for the session: the tiny world is made once, and nothing old can make a test pass."
     folder = tmp_path_factory.mktemp("cache")
     os.environ["CXR_COURSE_CACHE"] = str(folder)
     return folder

@@ -1,4 +1,5 @@
 """Each gate lets this course pass, and stops a small one with a fault planted in a sub-folder."""
+
 import shutil
 
 import pytest
@@ -12,10 +13,29 @@ from tools.notebooks import notebooks, write_notebook
 from tools.readme import readme
 
 SETTINGS = dict(
-    repo="toy", lib_name="toy", lib_path="cxr_course", nbs_path="nbs", recursive=True, user="toy", author="toy",
-    author_email="toy@example.org", description="toy", version="0", title="toy", branch="main", license="apache2", min_python="3.11",
-    custom_sidebar=True, custom_quarto_yml=True, jupyter_hooks=False, update_pyproject=False, doc_path="_site",
-    doc_host="https://example.org", doc_baseurl="/toy", git_url="https://example.org/toy")
+    repo="toy",
+    lib_name="toy",
+    lib_path="cxr_course",
+    nbs_path="nbs",
+    recursive=True,
+    user="toy",
+    author="toy",
+    author_email="toy@example.org",
+    description="toy",
+    version="0",
+    title="toy",
+    branch="main",
+    license="apache2",
+    min_python="3.11",
+    custom_sidebar=True,
+    custom_quarto_yml=True,
+    jupyter_hooks=False,
+    update_pyproject=False,
+    doc_path="_site",
+    doc_host="https://example.org",
+    doc_baseurl="/toy",
+    git_url="https://example.org/toy",
+)
 SIDEBAR = """website:
   sidebar:
     contents:
@@ -28,15 +48,36 @@ SIDEBAR = """website:
           - section: Models
             contents: [library/models/halve.ipynb, library/models/third.ipynb]
 """
-CORE = ["#| default_exp core", "# Core\n> A toy", "#| export\ndef number(n): # a number\n    'The same.'\n    return n", "assert number(2) == 2"]
-COUNT = ["#| default_exp stats.count", "# Counting\n> A toy", "#| export\nfrom __future__ import annotations\nimport math",
-         "#| export\nfrom cxr_course.core import number",
-         "#| export\ndef images(n): # a number\n    'How many.'\n    return math.floor(number(n))", "assert images(2.5) == 2", "## Summary\n\nShort."]
-HALVE = ["#| default_exp models.halve", "# Halving\n> A toy", "#| export\nfrom cxr_course.stats.count import images",
-         "#| export\ndef half(n): # a number\n    'Half as many.'\n    return images(n) / 2", "assert half(4) == 2",
-         "## Why\n\nSee [counting](../../lessons/07_count.ipynb#summary)."]
-THIRD = ["#| default_exp models.third", "# Thirds\n> A toy", "#| export\nfrom cxr_course.models.halve import half",
-         "#| export\ndef third(n): # a number\n    'A third.'\n    return half(n) * 2 / 3", "assert third(3) == 2 / 3 * 1.5 * 2 or True"]
+CORE = [
+    "#| default_exp core",
+    "# Core\n> A toy",
+    "#| export\ndef number(n): # a number\n    'The same.'\n    return n",
+    "assert number(2) == 2",
+]
+COUNT = [
+    "#| default_exp stats.count",
+    "# Counting\n> A toy",
+    "#| export\nfrom __future__ import annotations\nimport math",
+    "#| export\nfrom cxr_course.core import number",
+    "#| export\ndef images(n): # a number\n    'How many.'\n    return math.floor(number(n))",
+    "assert images(2.5) == 2",
+    "## Summary\n\nShort.",
+]
+HALVE = [
+    "#| default_exp models.halve",
+    "# Halving\n> A toy",
+    "#| export\nfrom cxr_course.stats.count import images",
+    "#| export\ndef half(n): # a number\n    'Half as many.'\n    return images(n) / 2",
+    "assert half(4) == 2",
+    "## Why\n\nSee [counting](../../lessons/07_count.ipynb#summary).",
+]
+THIRD = [
+    "#| default_exp models.third",
+    "# Thirds\n> A toy",
+    "#| export\nfrom cxr_course.models.halve import half",
+    "#| export\ndef third(n): # a number\n    'A third.'\n    return half(n) * 2 / 3",
+    "assert third(3) == 2 / 3 * 1.5 * 2 or True",
+]
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +89,13 @@ def in_order(tmp_path_factory):
     for name in ("ruff.toml", ".importlinter"):
         shutil.copy(ROOT / name, folder / name)
     index = ["# Toy\n> Three modules", "## Begin\n\nStart with [counting](lessons/07_count.ipynb)."]
-    texts = {"index": index, "lessons/07_count": COUNT, "library/core": CORE, "library/models/halve": HALVE, "library/models/third": THIRD}
+    texts = {
+        "index": index,
+        "lessons/07_count": COUNT,
+        "library/core": CORE,
+        "library/models/halve": HALVE,
+        "library/models/third": THIRD,
+    }
     for name, cells in texts.items():
         write_notebook(folder / f"nbs/{name}.ipynb", cells)
     (folder / "nbs/_quarto.yml").symlink_to("../_quarto.yml")
@@ -72,34 +119,92 @@ def test_the_small_course_passes(gate, in_order):
     assert GATES[gate](in_order) == []
 
 
-LESSON, LIBRARY, MODULE = "nbs/lessons/07_count.ipynb", "nbs/library/models/halve.ipynb", "cxr_course/models/halve.py"
+LESSON, LIBRARY, MODULE = (
+    "nbs/lessons/07_count.ipynb",
+    "nbs/library/models/halve.ipynb",
+    "cxr_course/models/halve.py",
+)
 STATS = "cxr_course/stats/count.py"
 ERROR = '"outputs": [{"output_type": "error", "ename": "E", "evalue": "", "traceback": []}]'
 STDERR = '"outputs": [{"output_type": "stream", "name": "stderr", "text": ["W0000"]}]'
 PLANTED = [  # gate, file, what is there, what is put in its place, what the gate must say
-    ("layers", STATS, "import math", "import math\nimport cxr_course.models.halve", "cxr_course.stats.count -> cxr_course.models.halve"),
-    ("layers", STATS, "return math", "from cxr_course.models.halve import half\n    return half and math", "cxr_course.models.halve"),
+    (
+        "layers",
+        STATS,
+        "import math",
+        "import math\nimport cxr_course.models.halve",
+        "cxr_course.stats.count -> cxr_course.models.halve",
+    ),
+    (
+        "layers",
+        STATS,
+        "return math",
+        "from cxr_course.models.halve import half\n    return half and math",
+        "cxr_course.models.halve",
+    ),
     ("style", MODULE, "import images", "import images\nimport os", "unused-import"),
     ("style", MODULE, "return images", "n = n; return images", "multiple-statements"),
     ("style", MODULE, "def half(n)", "def half(n, a, b, c, d, e, f, g, h)", "too-many-positional"),
     ("style", MODULE, "    return images", "    n += 1\n" * 26 + "    return images", "too-many-statements"),
-    ("style", MODULE, "    return images", "".join(f"    if n > {i}: n += 1\n" for i in range(12)) + "    return images", "complex-structure"),
+    (
+        "style",
+        MODULE,
+        "    return images",
+        "".join(f"    if n > {i}: n += 1\n" for i in range(12)) + "    return images",
+        "complex-structure",
+    ),
     ("style", LIBRARY, "assert half(4) == 2", "assert half(4) == 2, '" + "a " * 50 + "'", "line-too-long"),
     ("style", LESSON, "assert images(2.5) == 2", "a = 1; assert a", "multiple-statements"),
     ("style", "tests/test_halve.py", '"""Toy."""', '"""Toy."""\nimport os', "unused-import"),
     ("exported", MODULE, "Half as many", "Half as much", "models/halve.py: not what nbdev makes"),
     ("exported", LIBRARY, "Half as many", "Half as much", "models/halve.py: not what nbdev makes"),
     ("exported", LIBRARY, "models.halve", "models.halved", "models/halve.py: no notebook exports it"),
-    ("exported", LIBRARY, '"execution_count": null', '"execution_count": 3', "models/halve.ipynb: not what nbdev makes"),
+    (
+        "exported",
+        LIBRARY,
+        '"execution_count": null',
+        '"execution_count": 3',
+        "models/halve.ipynb: not what nbdev makes",
+    ),
     ("readme_fresh", "README.md", "Three modules", "Four modules", "make readme"),
     ("readme_fresh", "nbs/index.ipynb", "Three modules", "Four modules", "make readme"),
-    ("processed", LIBRARY, '"assert half(4) == 2"', '"assert half(4) == 2\\n", "#| hide"', "the page would show #| hide"),
-    ("processed", LIBRARY, '"assert half(4) == 2"', '"import math\\n", "math.sqrt(nine)"', "give imports a cell of their own"),
-    ("processed", LIBRARY, '"def half(n): # a number', '"def half(n: Later): # a number', "above the cell whose function mentions it"),
+    (
+        "processed",
+        LIBRARY,
+        '"assert half(4) == 2"',
+        '"assert half(4) == 2\\n", "#| hide"',
+        "the page would show #| hide",
+    ),
+    (
+        "processed",
+        LIBRARY,
+        '"assert half(4) == 2"',
+        '"import math\\n", "math.sqrt(nine)"',
+        "give imports a cell of their own",
+    ),
+    (
+        "processed",
+        LIBRARY,
+        '"def half(n): # a number',
+        '"def half(n: Later): # a number',
+        "above the cell whose function mentions it",
+    ),
     ("listed", "_quarto.yml", "library/models/halve.ipynb, ", "", "does not name library/models/halve.ipynb"),
-    ("listed", "_quarto.yml", "07_count.ipynb", "07_count.ipynb, lessons/08_none.ipynb", "names lessons/08_none.ipynb"),
+    (
+        "listed",
+        "_quarto.yml",
+        "07_count.ipynb",
+        "07_count.ipynb, lessons/08_none.ipynb",
+        "names lessons/08_none.ipynb",
+    ),
     ("small", MODULE, "import images", "import images\n" + "\n" * 250, "halve.py: 2"),
-    ("unique", "cxr_course/models/third.py", "'third'", "'third', 'images'", "cxr_course.models.third and cxr_course.stats.count"),
+    (
+        "unique",
+        "cxr_course/models/third.py",
+        "'third'",
+        "'third', 'images'",
+        "cxr_course.models.third and cxr_course.stats.count",
+    ),
     ("light", STATS, "import math", "import math, keras", "cxr_course.stats.count: importing it loads keras"),
     ("light", STATS, "import math", "import math, elsewhere", "importing it loads keras"),
     ("light", STATS, "import math", "import math, no_such_module", "importing fails"),
@@ -118,10 +223,12 @@ PLANTED = [  # gate, file, what is there, what is put in its place, what the gat
 ]
 
 
-@pytest.mark.parametrize("gate, path, old, new, said", PLANTED, ids=[f"{p[0]}-{i}" for i, p in enumerate(PLANTED)])
+@pytest.mark.parametrize(
+    "gate, path, old, new, said", PLANTED, ids=[f"{p[0]}-{i}" for i, p in enumerate(PLANTED)]
+)
 def test_a_planted_fault_is_named(gate, path, old, new, said, in_order, tmp_path):
     folder = shutil.copytree(in_order, tmp_path / "small", symlinks=True)
-    (folder / "keras.py").write_text("")   # a stand-in, so that nothing heavy is loaded
+    (folder / "keras.py").write_text("")  # a stand-in, so that nothing heavy is loaded
     (folder / "elsewhere.py").write_text("import keras")
     text = (folder / path).read_text()
     assert old in text
@@ -132,8 +239,15 @@ def test_a_planted_fault_is_named(gate, path, old, new, said, in_order, tmp_path
 
 def test_every_gate_has_a_fault_planted_in_a_sub_folder():
     assert {gate for gate, *_ in PLANTED} == GATES.keys()
-    deep = {gate for gate, path, *_ in PLANTED if path.startswith(("nbs/l", "cxr_course/stats", "cxr_course/models"))}
-    assert GATES.keys() - deep == {"readme_fresh", "listed"}   # whose file lies at the top, and is told about the sub-folders
+    deep = {
+        gate
+        for gate, path, *_ in PLANTED
+        if path.startswith(("nbs/l", "cxr_course/stats", "cxr_course/models"))
+    }
+    assert GATES.keys() - deep == {
+        "readme_fresh",
+        "listed",
+    }  # whose file lies at the top, and is told about the sub-folders
 
 
 def test_the_export_leads_to_the_right_folder(in_order):
@@ -148,15 +262,31 @@ def test_the_tests_of_a_notebook_are_found(tmp_path):
     for name in names:
         (tmp_path / "tests").mkdir(exist_ok=True)
         (tmp_path / "tests" / name).write_text("")
-    for name, module in (("library/explain/cam", "explain.cam"), ("library/shift/tests", "shift.tests"), ("lessons/04_leakage", ""), ("lessons/05_x", "")):
-        write_notebook(tmp_path / f"nbs/{name}.ipynb", [f"#| default_exp {module}" if module else "1", "# T\n> t"])
+    for name, module in (
+        ("library/explain/cam", "explain.cam"),
+        ("library/shift/tests", "shift.tests"),
+        ("lessons/04_leakage", ""),
+        ("lessons/05_x", ""),
+    ):
+        write_notebook(
+            tmp_path / f"nbs/{name}.ipynb", [f"#| default_exp {module}" if module else "1", "# T\n> t"]
+        )
     found = {n.topic: [p.name for p in own_tests(n, tmp_path)] for n in notebooks(tmp_path)}
-    assert found == {"cam": ["test_explain_cam.py"], "tests": ["test_shift.py"], "leakage": ["test_leakage.py"], "x": []}
+    assert found == {
+        "cam": ["test_explain_cam.py"],
+        "tests": ["test_shift.py"],
+        "leakage": ["test_leakage.py"],
+        "x": [],
+    }
 
 
 def test_the_budget_of_a_lesson(in_order, tmp_path):
     row = budget(next(n for n in notebooks(in_order) if n.lesson))
-    assert (row["cells"], row["lines"], row["private"]) == (7, 7, 0) and row["exported"] == 6 / 7 and over(row) == ["texts", "exported"]
+    assert (
+        (row["cells"], row["lines"], row["private"]) == (7, 7, 0)
+        and row["exported"] == 6 / 7
+        and over(row) == ["texts", "exported"]
+    )
 
 
 def test_measures(in_order):

@@ -1,4 +1,5 @@
 """Every notebook, in every folder, runs from top to bottom in a kernel of its own."""
+
 import pytest
 from conftest import ROOT
 
@@ -6,7 +7,7 @@ from tools.course import course
 from tools.notebooks import files, notebooks, write_notebook
 from tools.run import execute
 
-WITHOUT = ("index", "how_this_is_built") # notebooks without a headline figure, and all of library/
+WITHOUT = ("index", "how_this_is_built")  # notebooks without a headline figure, and all of library/
 
 
 @pytest.mark.parametrize("notebook", notebooks(ROOT), ids=lambda notebook: notebook.name)
@@ -15,7 +16,9 @@ def test_notebook_runs(notebook, record_property):
     outcome.name = notebook.name
     record_property("notebook", outcome.line())
     assert not outcome.failure, outcome.failure
-    assert outcome.headline or notebook.stem in WITHOUT or notebook.name.startswith("library/"), "its last code cell must call core.headline"
+    assert outcome.headline or notebook.stem in WITHOUT or notebook.name.startswith("library/"), (
+        "its last code cell must call core.headline"
+    )
 
 
 def test_no_notebook_is_forgotten():
@@ -24,7 +27,9 @@ def test_no_notebook_is_forgotten():
 
 
 def test_a_failing_cell_is_named(tmp_path):
-    path = write_notebook(tmp_path / "00_toy.ipynb", ["# Toy\n> One fault", "images = 12", "images / 0", "print('never')"])
+    path = write_notebook(
+        tmp_path / "00_toy.ipynb", ["# Toy\n> One fault", "images = 12", "images / 0", "print('never')"]
+    )
     notebook, outcome = execute(path, "tiny")
     assert outcome.failure == "cell 3, `images / 0`: ZeroDivisionError: division by zero"
     assert not notebook.cells[3].outputs
@@ -42,11 +47,19 @@ def test_an_endless_cell_is_a_failure(tmp_path):
 
 
 def test_notebooks_share_nothing(tmp_path):
-    write_notebook(tmp_path / "nbs/00_a.ipynb", ["# A\n> It defines", "import os\nleft = os.environ['LEFT'] = 'here'"])
-    write_notebook(tmp_path / "nbs/lessons/01_b.ipynb", ["# B\n> It looks", "import os\nassert 'LEFT' not in os.environ and 'left' not in globals()"])
+    write_notebook(
+        tmp_path / "nbs/00_a.ipynb", ["# A\n> It defines", "import os\nleft = os.environ['LEFT'] = 'here'"]
+    )
+    write_notebook(
+        tmp_path / "nbs/lessons/01_b.ipynb",
+        ["# B\n> It looks", "import os\nassert 'LEFT' not in os.environ and 'left' not in globals()"],
+    )
     assert course(tmp_path, size="tiny") == 0
 
 
 def test_the_run_size_reaches_the_notebook(tmp_path):
-    path = write_notebook(tmp_path / "00_toy.ipynb", ["# Toy\n> Its size", "from cxr_course.core import headline, size\nheadline('size', size())"])
+    path = write_notebook(
+        tmp_path / "00_toy.ipynb",
+        ["# Toy\n> Its size", "from cxr_course.core import headline, size\nheadline('size', size())"],
+    )
     assert execute(path, "full")[1].headline == "size full"

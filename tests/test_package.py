@@ -1,6 +1,8 @@
-"""Wheel and source distribution: installed in an environment that holds what they declare and nothing else, with the repository out of
-sight and the network blocked. The environment is put together from what set-up has installed, so that none of it needs the network;
-where a machine checks every change (CI=true), pip installs everything anew as well."""
+"""Wheel and source distribution: installed in an environment that holds what they declare and nothing else,
+with the repository out of sight and the network blocked. The environment is put together from what set-up
+has installed, so that none of it needs the network; where a machine checks every change (CI=true), pip
+installs everything anew as well."""
+
 import ast
 import os
 import re
@@ -17,21 +19,26 @@ import pytest
 from conftest import ROOT
 from packaging.requirements import Requirement
 
-EXTRAS = ("dicom", "tune", "scale") # what a module may import inside a function, though `pip install cxr-course` does not bring it
-NOT_BY_NAME = {"pylibjpeg", "pylibjpeg-openjpeg"} # plugins: pydicom finds them by itself
+EXTRAS = (
+    "dicom",
+    "tune",
+    "scale",
+)  # what a module may import inside a function, though `pip install cxr-course` does not bring it
+NOT_BY_NAME = {"pylibjpeg", "pylibjpeg-openjpeg"}  # plugins: pydicom finds them by itself
 
 # The helpers as somebody uses them who never opens a notebook.
-HELPERS = '''
+HELPERS = """
 import pkgutil, sys
 import cxr_course
-assert not {"numpy", "pandas", "tensorflow", "keras"} & set(sys.modules), "importing the package loads something heavy"
+assert not {"numpy", "pandas", "tensorflow", "keras"} & set(sys.modules), "the import loads something heavy"
 
 import importlib
 for m in pkgutil.walk_packages(cxr_course.__path__, "cxr_course."):
     if not m.name.endswith("_modidx"): importlib.import_module(m.name)
 
 from cxr_course import core
-where = {name: m for m in sys.modules.values() if m.__name__.startswith("cxr_course.") for name in getattr(m, "__all__", ())}
+ours = [m for name, m in list(sys.modules.items()) if name.startswith("cxr_course.")]
+where = {name: m for m in ours for name in getattr(m, "__all__", ())}
 frame, groups = where["frame"].frame, where["groups"].groups
 images = frame([dict(path="a.png", patient="p1", label="NORMAL"), dict(path="b.png", label="PNEUMONIA")])
 assert core.rng(0, "x").integers(100) == core.rng(0, "x").integers(100)
@@ -48,15 +55,24 @@ assert image.dtype == "float32" and 0 <= image.min() < image.max() <= 1
 assert where["auc"].auc([0, 0, 1, 1], [.1, .4, .35, .8]) == .75
 assert "<h1>Report</h1>" in where["page"].page("Report", [])
 print("helpers work:", cxr_course.__file__)
-'''
+"""
 
 
 @pytest.fixture(scope="session")
 def built(root, tmp_path_factory):
-    "Folder with source distribution and wheel, the wheel built from the source distribution, in a copy of the repository."
+    "Folder with source distribution, made from a copy of the repository, and wheel, made from that."
     folder = tmp_path_factory.mktemp("source")
-    shutil.copytree(root, folder / "copy", symlinks=True, ignore=shutil.ignore_patterns(".*", "__pycache__", "_*.html", "_course", "runs", "*.egg-info"))
-    done = subprocess.run([sys.executable, "-m", "build", "--no-isolation", "--outdir", folder / "dist", folder / "copy"], capture_output=True, text=True)
+    shutil.copytree(
+        root,
+        folder / "copy",
+        symlinks=True,
+        ignore=shutil.ignore_patterns(".*", "__pycache__", "_*.html", "_course", "runs", "*.egg-info"),
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "build", "--no-isolation", "--outdir", folder / "dist", folder / "copy"],
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return folder / "dist"
 
@@ -67,7 +83,7 @@ def wheel(built):
 
 
 def required(words: list[str]) -> set[str]:
-    "The names of everything that these requirements bring, as pip would resolve them, out of what is installed here."
+    "The names of everything that these requirements bring, as pip resolves them, of what is installed here."
     todo, names = [Requirement(word) for word in words], set()
     while todo:
         wanted = todo.pop()
@@ -101,11 +117,17 @@ def link(names: set[str], site: Path) -> None:
 
 @pytest.fixture(scope="session")
 def fresh(wheel, tmp_path_factory):
-    "An environment with the wheel and what it requires; a function that runs a program there, far from the repository."
+    "A function that runs a program in an environment of the wheel and what it requires, far from here."
     folder = tmp_path_factory.mktemp("fresh")
     venv.create(folder / "env")
     python = folder / "env" / "bin" / "python"
-    site = Path(subprocess.run([python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], capture_output=True, text=True).stdout.strip())
+    site = Path(
+        subprocess.run(
+            [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"],
+            capture_output=True,
+            text=True,
+        ).stdout.strip()
+    )
     link(required(settings("requirements")), site)
     shutil.copy(ROOT / "tests" / "offline" / "sitecustomize.py", site)
     quiet = ["--quiet", "--no-index", "--no-deps", "--disable-pip-version-check"]
@@ -116,15 +138,29 @@ def fresh(wheel, tmp_path_factory):
 def runner(folder: Path):
     "Run a program in the environment of this folder."
     (folder / "elsewhere").mkdir()
-    surroundings = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "VIRTUAL_ENV", "CXR_"))}
-    surroundings |= dict(HOME=str(folder), PATH=f"{folder / 'env' / 'bin'}:/usr/bin:/bin", CXR_COURSE_CACHE=str(folder / "cache"),
-                         CXR_COURSE_SIZE="tiny", TF_CPP_MIN_LOG_LEVEL="3", MPLBACKEND="agg")
-    return lambda *command: subprocess.run(command, cwd=folder / "elsewhere", env=surroundings, capture_output=True, text=True)
+    surroundings = {
+        k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "VIRTUAL_ENV", "CXR_"))
+    }
+    surroundings |= dict(
+        HOME=str(folder),
+        PATH=f"{folder / 'env' / 'bin'}:/usr/bin:/bin",
+        CXR_COURSE_CACHE=str(folder / "cache"),
+        CXR_COURSE_SIZE="tiny",
+        TF_CPP_MIN_LOG_LEVEL="3",
+        MPLBACKEND="agg",
+    )
+    return lambda *command: subprocess.run(
+        command, cwd=folder / "elsewhere", env=surroundings, capture_output=True, text=True
+    )
 
 
 def test_the_wheel_holds_the_library_and_nothing_else(wheel, root):
     names = set(zipfile.ZipFile(wheel).namelist())
-    here = {p.relative_to(root).as_posix() for p in (root / "cxr_course").rglob("*") if p.suffix in (".py", ".typed", ".j2")}
+    here = {
+        p.relative_to(root).as_posix()
+        for p in (root / "cxr_course").rglob("*")
+        if p.suffix in (".py", ".typed", ".j2")
+    }
     assert here <= names and "cxr_course/py.typed" in names
     assert all(n.startswith(("cxr_course/", "cxr_course-")) for n in names), names
     assert not {"cxr_course/build.py", "cxr_course/gates.py"} & names
@@ -153,8 +189,12 @@ def test_what_is_not_declared_is_not_there(fresh):
     assert done.returncode and "No module named 'nbdev'" in done.stderr
 
 
-REACHES = ["import urllib.request; urllib.request.urlopen('http://example.org')", "import socket; socket.create_connection(('192.0.2.1', 80))",
-           "import socket; socket.socket().connect(('192.0.2.1', 80))", "import pooch; pooch.retrieve('https://example.org/a.zip', None, path='.')"]
+REACHES = [
+    "import urllib.request; urllib.request.urlopen('http://example.org')",
+    "import socket; socket.create_connection(('192.0.2.1', 80))",
+    "import socket; socket.socket().connect(('192.0.2.1', 80))",
+    "import pooch; pooch.retrieve('https://example.org/a.zip', None, path='.')",
+]
 
 
 @pytest.mark.parametrize("reach", REACHES)
@@ -166,7 +206,10 @@ def test_a_reach_for_the_network_is_noticed(fresh, reach):
 def test_all_tests_and_what_they_start_run_without_the_network():
     for words in ([], [sys.executable, "-c"]):
         if words:
-            assert "network is blocked" in subprocess.run([*words, REACHES[1]], capture_output=True, text=True).stderr
+            assert (
+                "network is blocked"
+                in subprocess.run([*words, REACHES[1]], capture_output=True, text=True).stderr
+            )
         else:
             with pytest.raises(OSError, match="network is blocked"):
                 exec(REACHES[1])
@@ -180,14 +223,23 @@ def test_the_repository_is_out_of_sight(fresh, root):
 def imported(path: Path) -> set[tuple[str, bool]]:
     "Top-level names that a module imports, and whether it does so as soon as it is imported itself."
     tree = ast.parse(path.read_text(encoding="utf-8"))
-    late = {id(n) for f in ast.walk(tree) if isinstance(f, (ast.FunctionDef, ast.AsyncFunctionDef)) for n in ast.walk(f)}
+    late = {
+        id(n)
+        for f in ast.walk(tree)
+        if isinstance(f, (ast.FunctionDef, ast.AsyncFunctionDef))
+        for n in ast.walk(f)
+    }
     found = set()
     for n in ast.walk(tree):
         if isinstance(n, ast.Import):
             found |= {(a.name.split(".")[0], id(n) not in late) for a in n.names}
         elif isinstance(n, ast.ImportFrom) and not n.level:
             found.add((n.module.split(".")[0], id(n) not in late))
-    return {(name, now) for name, now in found if name not in sys.stdlib_module_names and name not in ("cxr_course", "IPython")}
+    return {
+        (name, now)
+        for name, now in found
+        if name not in sys.stdlib_module_names and name not in ("cxr_course", "IPython")
+    }
 
 
 def undeclared(package: Path, base: set[str], more: set[str]) -> tuple[list[str], set[str]]:
@@ -198,7 +250,10 @@ def undeclared(package: Path, base: set[str], more: set[str]) -> tuple[list[str]
             known = {d.lower().replace("_", "-") for d in homes.get(name, [name])} | {name.replace("_", "-")}
             used |= known
             if not known & (base if now else base | more):
-                faults.append(f"{path.relative_to(package.parent)} imports {name}" + ("" if now else " inside a function"))
+                faults.append(
+                    f"{path.relative_to(package.parent)} imports {name}"
+                    + ("" if now else " inside a function")
+                )
     return faults, used
 
 
@@ -217,9 +272,15 @@ def test_every_import_is_declared_and_every_requirement_imported(root):
 
 def test_an_import_that_is_not_declared_is_noticed(tmp_path):
     (tmp_path / "cxr_course/models").mkdir(parents=True)
-    (tmp_path / "cxr_course/models/a.py").write_text("import numpy\nimport yaml\nimport pydicom\ndef f():\n    import nibabel, ray.train, nbdev")
+    (tmp_path / "cxr_course/models/a.py").write_text(
+        "import numpy\nimport yaml\nimport pydicom\ndef f():\n    import nibabel, ray.train, nbdev"
+    )
     faults, used = undeclared(tmp_path / "cxr_course", {"numpy", "seaborn"}, {"nibabel", "pydicom", "ray"})
-    assert [f.split("imports ")[1] for f in faults] == ["nbdev inside a function", "pydicom", "yaml"] and "seaborn" not in used
+    assert [f.split("imports ")[1] for f in faults] == [
+        "nbdev inside a function",
+        "pydicom",
+        "yaml",
+    ] and "seaborn" not in used
 
 
 def test_the_readme_names_every_extra(root):
@@ -230,7 +291,14 @@ def test_the_readme_names_every_extra(root):
 
 def test_what_is_installed_is_what_is_declared():
     "Set-up installs [dev], so everything but Ray must be there."
-    for key in ("requirements", "dicom_requirements", "tune_requirements", "lab_requirements", "docs_requirements", "dev_requirements"):
+    for key in (
+        "requirements",
+        "dicom_requirements",
+        "tune_requirements",
+        "lab_requirements",
+        "docs_requirements",
+        "dev_requirements",
+    ):
         for word in settings(key):
             wanted = Requirement(word)
             try:
@@ -239,10 +307,25 @@ def test_what_is_installed_is_what_is_declared():
                 pytest.fail(f"{wanted.name} of {key} is not installed; remove .venv and set up again")
 
 
-@pytest.mark.skipif(os.environ.get("CI") != "true", reason="pip fetches 600 MB; only where every change is checked (CI=true)")
+@pytest.mark.skipif(
+    os.environ.get("CI") != "true", reason="pip fetches 600 MB; only where every change is checked (CI=true)"
+)
 def test_pip_installs_it(wheel, tmp_path):
     venv.create(tmp_path / "env", with_pip=True)
-    install = [tmp_path / "env" / "bin" / "python", "-m", "pip", "install", "--quiet", "--no-compile", "--disable-pip-version-check", wheel]
-    subprocess.run(install, check=True, env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"CXR_COURSE_ONLINE": "1"})
+    install = [
+        tmp_path / "env" / "bin" / "python",
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--no-compile",
+        "--disable-pip-version-check",
+        wheel,
+    ]
+    subprocess.run(
+        install,
+        check=True,
+        env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"CXR_COURSE_ONLINE": "1"},
+    )
     done = runner(tmp_path)("python", "-c", HELPERS)
     assert done.returncode == 0 and "helpers work" in done.stdout, done.stderr

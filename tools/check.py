@@ -1,5 +1,6 @@
-"""`make check ONLY=07`: everything about one lesson or library notebook, in under a minute: export, clean, its links and texts,
-the style of its module, its cells at size tiny and its tests."""
+"""`make check ONLY=07`: everything about one lesson or library notebook, in under a minute: export, clean,
+its links and texts, the style of its module, its cells at size tiny and its tests."""
+
 from __future__ import annotations
 
 import subprocess
@@ -8,16 +9,20 @@ import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from .gates import LONGEST, tool
+from .gates import tool
 from .lessons import budget, over
-from .notebooks import ROOT, Fault, Notebook, choose, command, notebooks
+from .modules import LONGEST
+from .notebooks import FORGOTTEN, ROOT, Fault, Notebook, choose, command, notebooks
 from .outputs import clean
 from .run import clock, execute
 from .texts import TEXTS
 
 
 def own_tests(notebook: Notebook, root: Path) -> list[Path]:
-    """The test files of a notebook: by its module ('explain.cam': test_explain_cam or test_cam, else test_explain), or by its topic."""
+    """The test files of a notebook.
+
+    By its module (for 'explain.cam' test_explain_cam, else test_cam, else test_explain), else by its topic.
+    """
     wing, _, name = (notebook.module or notebook.topic).rpartition(".")
     for stem in filter(None, (f"{wing}_{name}" if wing else "", name, wing, notebook.topic)):
         if found := sorted((root / "tests").rglob(f"test_{stem}.py")):
@@ -40,8 +45,13 @@ def export(notebook: Notebook, root: Path) -> list[str]:
 
 
 def texts(notebook: Notebook, root: Path) -> list[str]:
-    """Links, results and texts of this notebook."""
-    return [fault for gate in TEXTS for fault in gate(notebook, root)]
+    """Links, results and texts of this notebook, and its place in the sidebar."""
+    lost = (
+        ["_quarto.yml: the sidebar does not name it; add it to its part"]
+        if notebook.part == FORGOTTEN
+        else []
+    )
+    return [*lost, *(fault for gate in TEXTS for fault in gate(notebook, root))]
 
 
 def style(notebook: Notebook, root: Path) -> list[str]:
@@ -57,22 +67,32 @@ def style(notebook: Notebook, root: Path) -> list[str]:
 
 def cells_run(notebook: Notebook, root: Path) -> list[str]:
     """Its cells at size tiny, in a kernel of its own."""
-    return [failure] if (failure := execute(notebook.path, "tiny")[1].failure) else []
+    outcome = execute(notebook.path, "tiny")[1]
+    if outcome.failure:
+        return [outcome.failure]
+    return ["its last code cell must call core.headline"] if notebook.lesson and not outcome.headline else []
 
 
 class Tests:
     """The tests of a notebook, running beside its cells."""
+
     def __init__(self, notebook: Notebook, root: Path):
         self.files = own_tests(notebook, root)
         words = [sys.executable, "-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider", *self.files]
-        self.run = subprocess.Popen(words, cwd=root, stdout=subprocess.PIPE, text=True) if self.files else None
+        self.run = (
+            subprocess.Popen(words, cwd=root, stdout=subprocess.PIPE, text=True) if self.files else None
+        )
 
     def faults(self, notebook: Notebook, root: Path) -> list[str]:
         """What failed."""
         if not self.run:
             return []
         said = self.run.communicate()[0].splitlines()
-        return [line for line in said if line.startswith(("FAILED", "ERROR"))] or said[-3:] if self.run.returncode else []
+        return (
+            [line for line in said if line.startswith(("FAILED", "ERROR"))] or said[-3:]
+            if self.run.returncode
+            else []
+        )
 
 
 def check(notebook: Notebook, root: Path) -> int:
@@ -83,7 +103,12 @@ def check(notebook: Notebook, root: Path) -> int:
     def step(name: str, do: Callable[[Notebook, Path], list[str]]) -> int:
         begun, faults = time.perf_counter(), do(notebook, root)
         verdict = f"{len(faults)} faults" if faults else "ok"
-        print(f"  {name:<16} {clock(time.perf_counter() - begun):>8}  {verdict}", *faults[:10], sep="\n      ", flush=True)
+        print(
+            f"  {name:<16} {clock(time.perf_counter() - begun):>8}  {verdict}",
+            *faults[:10],
+            sep="\n      ",
+            flush=True,
+        )
         return len(faults)
 
     count += step("export, clean", export)
@@ -91,7 +116,9 @@ def check(notebook: Notebook, root: Path) -> int:
     count += step("links, results", texts) + step("style", style) + step("cells at tiny", cells_run)
     count += step(f"tests ({', '.join(p.name for p in tests.files) or 'none of its own'})", tests.faults)
     if notebook.lesson and (broken := over(budget(notebook))):
-        print(f"  for information: over the budget of a lesson in {', '.join(broken)} (python -m tools.lessons)")
+        print(
+            f"  for information: over the budget of a lesson in {', '.join(broken)} (python -m tools.lessons)"
+        )
     print(f"  together {clock(time.perf_counter() - started)}")
     return count
 

@@ -1,4 +1,6 @@
-"""`make course`: run the notebooks, each in a kernel of its own, and write each as a page, with an opening page of headline figures."""
+"""`make course`: run the notebooks, each in a kernel of its own, and write each as a page, with an opening
+page of headline figures."""
+
 from __future__ import annotations
 
 import json
@@ -13,7 +15,9 @@ from .pages import contents, page
 from .run import SIZES, Outcome, clock, execute
 
 
-def course(root: str | Path = ROOT, only: Iterable[str] = (), *, size: str = "sample", out: str | Path | None = None) -> int:
+def course(
+    root: str | Path = ROOT, only: Iterable[str] = (), *, size: str = "sample", out: str | Path | None = None
+) -> int:
     """Run and write what ONLY names, or all; 0, 1 if a notebook failed, 130 if you stopped it."""
     root = Path(root).resolve()
     out, reading = Path(out or root / "_course"), notebooks(root)
@@ -29,7 +33,10 @@ def course(root: str | Path = ROOT, only: Iterable[str] = (), *, size: str = "sa
             write(out / "index.html", contents(reading, outcomes))
             print(now[-1].line(), flush=True)
     except KeyboardInterrupt:
-        print(f"\nstopped in {notebook.name}; what was finished before is in {out.name}/, and `make course ONLY={notebook.name}` goes on here")
+        print(
+            f"\nstopped in {notebook.name}; what was finished before is in {out.name}/, "
+            f"and `make course ONLY={notebook.name}` goes on here"
+        )
         return 130
     return _close(now, out.relative_to(root) if out.is_relative_to(root) else out)
 
@@ -45,7 +52,7 @@ def _one(notebook: Notebook, reading: list[Notebook], size: str, out: Path) -> O
 def _recall(out: Path, reading: list[Notebook]) -> dict[str, Outcome]:
     try:
         kept = json.loads((out / "runs.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError): # a first run
+    except (OSError, ValueError):  # a first run
         return {}
     pages = {n.name: out / n.page for n in reading}
     return {o["name"]: Outcome(**o) for o in kept if o["name"] in pages and pages[o["name"]].exists()}
@@ -62,7 +69,11 @@ def _close(outcomes: list[Outcome], out: Path) -> int:
     for outcome in failed:
         print(f"\nFAILED {outcome.name}, {outcome.failure}")
     where = out / "index.html"
-    print(f"\n{len(failed)} of {len(outcomes)} notebooks failed; the others are in {where}" if failed else f"\nopen {where}")
+    print(
+        f"\n{len(failed)} of {len(outcomes)} notebooks failed; the others are in {where}"
+        if failed
+        else f"\nopen {where}"
+    )
     return int(bool(failed))
 
 

@@ -1,26 +1,24 @@
-"""`python -m tools.gates [NAME ...]`: what keeps the repository true. Layers are import-linter's work and style is ruff's;
-what stands here is what no tool does. A gate is a function of the repository that returns faults, a line each."""
+"""`python -m tools.gates [NAME ...]`: what keeps the repository true. Layers are import-linter's work and
+style is ruff's; what stands here is what no tool does. A gate is a function of the repository that returns
+faults, a line each."""
+
 from __future__ import annotations
 
-import ast
 import filecmp
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from .modules import light, modules, small, unique
 from .notebooks import ROOT, Fault, command, directives, cells, files, notebooks, sidebar
 from .readme import readme
 from .texts import TEXTS, dead_links
-
-LONGEST = 250 # lines of a module
-LIGHT = ("core", "frame", "show", "phantom", "stats", "data", "evaluation", "teaching", "cli") # wings that load no network library
-HEAVY = ("tensorflow", "keras", "keras_tuner", "tensorboard", "torch", "jax", "ray")
-AT_ONCE = (*HEAVY, "numpy", "pandas", "matplotlib", "scipy", "sklearn") # not loaded by `import cxr_course`
 
 
 def tool(name: str, folder: str | Path, *words: str) -> subprocess.CompletedProcess:
@@ -29,16 +27,6 @@ def tool(name: str, folder: str | Path, *words: str) -> subprocess.CompletedProc
     if not program:
         raise Fault(f"{name} is not installed; pip install -e '.[dev]'")
     return subprocess.run([program, *words], cwd=folder, capture_output=True, text=True)
-
-
-def modules(root: str | Path) -> list[Path]:
-    """Every module that a notebook exports, in all folders of the package."""
-    return sorted(p for p in (Path(root) / "cxr_course").rglob("*.py") if not p.name.startswith("_"))
-
-
-def dotted(path: Path, root: str | Path) -> str:
-    """The name under which a module is imported."""
-    return ".".join(path.relative_to(root).with_suffix("").parts)
 
 
 @contextmanager
@@ -59,7 +47,11 @@ def layers(root: str | Path) -> list[str]:
     """Modules import only from lower layers (import-linter, by .importlinter)."""
     done = tool("lint-imports", root, "--no-cache", "--config", ".importlinter")
     found = [line.strip(" -") for line in done.stdout.splitlines() if line.startswith(("- ", "cxr_course"))]
-    return [f"{line}; move what both need to the lower layer" for line in found or [done.stdout + done.stderr]] if done.returncode else []
+    return (
+        [f"{line}; move what both need to the lower layer" for line in found or [done.stdout + done.stderr]]
+        if done.returncode
+        else []
+    )
 
 
 def style(root: str | Path) -> list[str]:
@@ -78,8 +70,16 @@ def exported(root: str | Path) -> list[str]:
         for name in ("nbdev_export", "nbdev_clean"):
             if (done := tool(name, other)).returncode:
                 return [f"{name} failed: {done.stderr.strip().splitlines()[-1]}"]
-        for kind, remedy in (("cxr_course/**/*.py", "change the notebook and run nbdev_export"), ("nbs/**/*.ipynb", "run nbdev_clean")):
-            names = {p.relative_to(top).as_posix() for top in (Path(root), other) for p in top.glob(kind) if ".ipynb_ch" not in str(p)}
+        for kind, remedy in (
+            ("cxr_course/**/*.py", "change the notebook and run nbdev_export"),
+            ("nbs/**/*.ipynb", "run nbdev_clean"),
+        ):
+            names = {
+                p.relative_to(top).as_posix()
+                for top in (Path(root), other)
+                for p in top.glob(kind)
+                if ".ipynb_ch" not in str(p)
+            }
             for name in sorted(names):
                 pair = Path(root) / name, other / name
                 if not pair[1].exists():
@@ -104,13 +104,15 @@ from pathlib import Path
 from nbdev.processors import FilterDefaults
 from nbdev.serve_drv import main
 top = Path.cwd()
-for path in sorted(p for p in (top / "nbs").rglob("*.ipynb") if not any(s[0] in "._" for s in p.relative_to(top).parts)):
+hidden = lambda path: any(part[0] in "._" for part in path.relative_to(top).parts)
+for path in sorted(p for p in (top / "nbs").rglob("*.ipynb") if not hidden(p)):
     os.chdir(top)
     to = top / "_proc" / path.relative_to(top / "nbs")
     to.parent.mkdir(parents=True, exist_ok=True)
     try: main((path, to, FilterDefaults))
     except Exception as e: print(f"{path.relative_to(top)}, {' '.join(str(e).split())[:120]} ({e.__cause__})")
-""" # what nbdev_docs does before it calls Quarto, but going on after a fault
+"""  # what nbdev_docs does before it calls Quarto, but going on after a fault
+LATER = r"show_doc\(|: def "
 UNDEFINED = "move the cell that defines this name above the cell whose function mentions it"
 MIXED = "it runs cells that import something by themselves, so give imports a cell of their own"
 
@@ -119,16 +121,32 @@ def processed(root: str | Path) -> list[str]:
     """nbdev turns every notebook into one that Quarto can render."""
     with copied(root) as other:
         surroundings = os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3", "PYTHONPATH": str(other)}
-        done = subprocess.run([sys.executable, "-W", "ignore", "-c", PROCESS], cwd=other, capture_output=True, text=True, env=surroundings)
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", PROCESS],
+            cwd=other,
+            capture_output=True,
+            text=True,
+            env=surroundings,
+        )
         if done.returncode:
             raise Fault(f"nbdev cannot process notebooks: {done.stderr.strip().splitlines()[-1]}")
-        faults = [f"{line}: nbdev cannot process it; {UNDEFINED if 'show_doc(' in line or ' : def ' in line else MIXED}"
-                  for line in done.stdout.splitlines() if ".ipynb, " in line]
+        faults = [
+            f"{line}: nbdev cannot process it; {UNDEFINED if re.search(LATER, line) else MIXED}"
+            for line in done.stdout.splitlines()
+            if ".ipynb, " in line
+        ]
         for made in sorted((other / "_proc").rglob("*.ipynb")):
-            shown = {name for cell in cells(made) if cell["cell_type"] == "code" for name in directives(cell["source"])}
+            shown = {
+                name
+                for cell in cells(made)
+                if cell["cell_type"] == "code"
+                for name in directives(cell["source"])
+            }
             if left := sorted(shown & {"default_exp", "export", "exporti", "hide"}):
                 at = made.relative_to(other / "_proc")
-                faults.append(f"nbs/{at}: the page would show #| {left[0]}; write the directive at the top of its cell")
+                faults.append(
+                    f"nbs/{at}: the page would show #| {left[0]}; write the directive at the top of its cell"
+                )
     return faults
 
 
@@ -136,71 +154,41 @@ def listed(root: str | Path) -> list[str]:
     """The sidebar and the folders name the same notebooks."""
     names, folder = [name for _, name in sidebar(root)], Path(root) / "nbs"
     here = {p.relative_to(folder).as_posix() for p in files(root)}
-    faults = [f"_quarto.yml: the sidebar does not name {name}; add it to its part" for name in sorted(here - set(names))]
-    faults += [f"_quarto.yml: the sidebar names {name}, which is not in nbs; take it out" for name in sorted(set(names) - here)]
+    faults = [
+        f"_quarto.yml: the sidebar does not name {name}; add it to its part"
+        for name in sorted(here - set(names))
+    ]
+    faults += [
+        f"_quarto.yml: the sidebar names {name}, which is not in nbs; take it out"
+        for name in sorted(set(names) - here)
+    ]
     twice = sorted({name for name in names if names.count(name) > 1})
     return faults + [f"_quarto.yml: the sidebar names {name} twice; take one out" for name in twice]
-
-
-def small(root: str | Path) -> list[str]:
-    """No module is longer than 250 lines."""
-    long = [(path, len(path.read_text(encoding="utf-8").splitlines())) for path in modules(root)]
-    return [f"{path.relative_to(root)}: {n} lines; find the part that is a module of its own (at most {LONGEST})"
-            for path, n in long if n > LONGEST]
-
-
-def public(path: Path) -> list[str]:
-    """The names that a module offers."""
-    for node in ast.parse(path.read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "__all__":
-            return ast.literal_eval(node.value)
-    return []
-
-
-def unique(root: str | Path) -> list[str]:
-    """No public name stands in two modules; the commands of the terminal are words of the terminal."""
-    homes: dict[str, list[str]] = {}
-    for path in modules(root):
-        for name in public(path) if dotted(path, root).split(".")[1] != "cli" else ():
-            homes.setdefault(name, []).append(dotted(path, root))
-    return [f"{name} is public in {' and '.join(where)}; give one of them a name of its own"
-            for name, where in sorted(homes.items()) if len(where) > 1]
-
-
-LOADED = """
-import importlib, sys
-heavy, *names = [word.split(",") if "," in word else word for word in sys.argv[1:]]
-for name in names:
-    importlib.import_module(name)
-    if found := sorted(set(heavy) & {m.split(".")[0] for m in sys.modules}): sys.exit(print(name, *found))
-"""
-
-
-def _loads(root: str | Path, heavy: Iterable[str], names: Iterable[str]) -> list[str]:
-    done = subprocess.run([sys.executable, "-c", LOADED, ",".join(heavy), *names], cwd=root, capture_output=True, text=True,
-                          env=os.environ | {"PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])})
-    if done.returncode:
-        return [f"importing fails: {done.stderr.strip().splitlines()[-1]}"]
-    name, *found = done.stdout.split() or [""]
-    return [f"{name}: importing it loads {', '.join(found)}; import that inside the function that needs it"] if found else []
-
-
-def light(root: str | Path) -> list[str]:
-    """Nothing heavy is imported where it is not needed."""
-    names = [dotted(path, root) for path in modules(root)]
-    names = [name for name in names if name.split(".")[1] in LIGHT]
-    return _loads(root, AT_ONCE, ["cxr_course"]) + _loads(root, HEAVY, names)
 
 
 def _of_texts(check: Callable) -> Callable[[str | Path], list[str]]:
     def gate(root: str | Path) -> list[str]:
         return [fault for notebook in notebooks(root) for fault in check(notebook, Path(root))]
+
     gate.__name__, gate.__doc__ = check.__name__, check.__doc__
     return gate
 
 
-GATES: dict[str, Callable[[str | Path], list[str]]] = {gate.__name__: gate for gate in (
-    layers, style, exported, readme_fresh, processed, listed, small, unique, light, *map(_of_texts, TEXTS))}
+GATES: dict[str, Callable[[str | Path], list[str]]] = {
+    gate.__name__: gate
+    for gate in (
+        layers,
+        style,
+        exported,
+        readme_fresh,
+        processed,
+        listed,
+        small,
+        unique,
+        light,
+        *map(_of_texts, TEXTS),
+    )
+}
 
 
 def main(words: list[str]) -> int:

@@ -1,5 +1,7 @@
-"""`python -m tools.lessons`: what the lessons measure against their budget (at most 60 cells and 250 lines of code, at least
-.8 markdown cells a code cell, at most 40 % of the code exported, no private cell, lesson cells at most 100 wide)."""
+"""`python -m tools.lessons`: what the lessons measure against their budget (at most 60 cells and 250 lines
+of code, at least .8 markdown cells a code cell, at most 40 % of the code exported, no private cell, lesson
+cells at most 100 wide)."""
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -10,7 +12,7 @@ WIDEST = 100
 
 
 def budget(notebook: Notebook) -> dict:
-    """Cells, lines of code, markdown cells a code cell, share of the code that is exported, private cells, widest lesson line."""
+    """Cells, lines of code, markdown a code cell, share exported, private cells, widest lesson line."""
     code, texts, exported, lines, private, widest = 0, 0, 0, 0, 0, 0
     for cell in cells(notebook.path):
         if cell["cell_type"] != "code":
@@ -23,14 +25,27 @@ def budget(notebook: Notebook) -> dict:
             exported += len(here)
         else:
             widest = max([widest, *map(len, here)])
-    return dict(lesson=notebook.name, cells=code + texts, lines=lines, texts=texts / max(code, 1), exported=exported / max(lines, 1),
-                private=private, widest=widest)
+    return dict(
+        lesson=notebook.name,
+        cells=code + texts,
+        lines=lines,
+        texts=texts / max(code, 1),
+        exported=exported / max(lines, 1),
+        private=private,
+        widest=widest,
+    )
 
 
 def over(row: dict) -> list[str]:
     """In what a lesson is over its budget, in words."""
-    limits = (("cells", row["cells"] > 60), ("lines", row["lines"] > 250), ("texts", row["texts"] < .8),
-              ("exported", row["exported"] > .4), ("private", row["private"] > 0), ("widest", row["widest"] > WIDEST))
+    limits = (
+        ("cells", row["cells"] > 60),
+        ("lines", row["lines"] > 250),
+        ("texts", row["texts"] < 0.8),
+        ("exported", row["exported"] > 0.4),
+        ("private", row["private"] > 0),
+        ("widest", row["widest"] > WIDEST),
+    )
     return [name for name, broken in limits if broken]
 
 
@@ -46,7 +61,9 @@ def main(words: list[str]) -> int:
     rows = [row for row in rows if not names or any(name in row["lesson"] for name in names)]
     print(f"{'lesson':<32} cells  lines  text/code  exported  private  widest  over its budget in")
     for row in rows:
-        numbers = "{cells:>5} {lines:>6} {texts:>10.2f} {exported:>9.0%} {private:>8} {widest:>7}".format(**row)
+        numbers = "{cells:>5} {lines:>6} {texts:>10.2f} {exported:>9.0%} {private:>8} {widest:>7}".format(
+            **row
+        )
         print(f"{row['lesson']:<32} {numbers}  {', '.join(over(row))}")
     return int("--strict" in words and any(map(over, rows)))
 

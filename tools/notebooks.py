@@ -1,4 +1,6 @@
-"""Notebooks as files: what each says about itself, in which order they are read, and which are meant by ONLY."""
+"""Notebooks as files: what each says about itself, in which order they are read, and which are meant by
+ONLY."""
+
 from __future__ import annotations
 
 import json
@@ -10,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+FORGOTTEN = "Not in the sidebar"  # the part of notebooks that _quarto.yml does not name
 
 
 class Fault(Exception):
@@ -19,24 +22,29 @@ class Fault(Exception):
 @dataclass(frozen=True)
 class Notebook:
     """What a notebook says about itself."""
-    path: Path # the file
-    name: str # its path below nbs/, without .ipynb: 'lessons/07_cnn'
-    title: str # its first heading
-    subtitle: str # the `>` line below the title
-    module: str | None # what `#| default_exp` names, with dots: 'models.cnn'
-    part: str = "" # section of the sidebar
+
+    path: Path  # the file
+    name: str  # its path below nbs/, without .ipynb: 'lessons/07_cnn'
+    title: str  # its first heading
+    subtitle: str  # the `>` line below the title
+    module: str | None  # what `#| default_exp` names, with dots: 'models.cnn'
+    part: str = ""  # section of the sidebar
 
     @property
-    def stem(self) -> str: return self.path.stem
+    def stem(self) -> str:
+        return self.path.stem
 
     @property
-    def topic(self) -> str: return re.sub(r"^\d+_", "", self.stem)
+    def topic(self) -> str:
+        return re.sub(r"^\d+_", "", self.stem)
 
     @property
-    def lesson(self) -> bool: return self.name.startswith("lessons/")
+    def lesson(self) -> bool:
+        return self.name.startswith("lessons/")
 
     @property
-    def page(self) -> str: return "about.html" if self.name == "index" else f"{self.name}.html"
+    def page(self) -> str:
+        return "about.html" if self.name == "index" else f"{self.name}.html"
 
 
 def write(path: Path, text: str) -> None:
@@ -72,7 +80,9 @@ def describe(path: Path, folder: Path, part: str = "") -> Notebook:
         elif cell["cell_type"] == "markdown" and title is None:
             title = re.match(r"#[ \t]+(.+?)[ \t]*(?:\n+>[ \t]*(.+))?$", cell["source"], re.M)
     if not title:
-        raise Fault(f"{path}: no title; begin its first markdown cell with `# Title` and a line `> what it is about`")
+        raise Fault(
+            f"{path}: no title; begin its first markdown cell with `# Title` and a line `> what it is about`"
+        )
     name = path.relative_to(folder).with_suffix("").as_posix()
     return Notebook(path, name, title[1].strip(), (title[2] or "").strip(), module, part)
 
@@ -80,7 +90,9 @@ def describe(path: Path, folder: Path, part: str = "") -> Notebook:
 def files(root: str | Path = ROOT) -> list[Path]:
     """Every notebook below nbs/, in all its folders; names that begin with . or _ are none."""
     folder = Path(root) / "nbs"
-    found = sorted(p for p in folder.rglob("*.ipynb") if not any(s[0] in "._" for s in p.relative_to(folder).parts))
+    found = sorted(
+        p for p in folder.rglob("*.ipynb") if not any(s[0] in "._" for s in p.relative_to(folder).parts)
+    )
     if not found:
         raise Fault(f"{folder}: no notebooks here; run this from the top of the repository")
     return found
@@ -89,6 +101,7 @@ def files(root: str | Path = ROOT) -> list[Path]:
 def sidebar(root: str | Path = ROOT) -> list[tuple[str, str]]:
     """Section and notebook, in the order of the site's sidebar."""
     import yaml
+
     path = Path(root) / "_quarto.yml"
     if not path.exists():
         return []
@@ -110,21 +123,29 @@ def notebooks(root: str | Path = ROOT) -> list[Notebook]:
     """All notebooks in the order of reading; those that the sidebar forgot come last."""
     folder, known = Path(root) / "nbs", set(files(root))
     listed = [(part, folder / name) for part, name in sidebar(root)]
-    listed += [("Further notebooks", path) for path in sorted(known - {path for _, path in listed})]
+    listed += [(FORGOTTEN, path) for path in sorted(known - {path for _, path in listed})]
     return [describe(path, folder, part) for part, path in listed if path in known]
 
 
 def matches(notebook: Notebook, word: str) -> int:
-    """How well a word names a notebook: 3 its name, number or module; 2 its beginning; 1 a part of its path; 0 not."""
+    """How well a word names a notebook: 3 by name, number or module; 2 by a beginning; 1 by a part; 0 not."""
     word = word.removesuffix(".ipynb").removeprefix("nbs/")
-    exact = {notebook.name, notebook.stem, notebook.topic, notebook.module, (notebook.module or "").split(".")[-1]}
+    exact = {
+        notebook.name,
+        notebook.stem,
+        notebook.topic,
+        notebook.module,
+        (notebook.module or "").split(".")[-1],
+    }
     if word in exact or (word.isdigit() and notebook.stem.startswith(f"{word}_")):
         return 3
-    return 2 if notebook.stem.startswith(word) or notebook.topic.startswith(word) else int(word in notebook.name)
+    return (
+        2 if notebook.stem.startswith(word) or notebook.topic.startswith(word) else int(word in notebook.name)
+    )
 
 
 def choose(found: Iterable[Notebook], only: Iterable[str] = ()) -> list[Notebook]:
-    """The notebooks that the words of ONLY name, all of them if there is none; a word that names nothing is refused."""
+    """The notebooks that the words of ONLY name, or all; a word that names nothing is refused."""
     found, wanted = list(found), set()
     for word in only:
         scores = {n.name: matches(n, word) for n in found}
@@ -137,6 +158,7 @@ def choose(found: Iterable[Notebook], only: Iterable[str] = ()) -> list[Notebook
 
 def write_notebook(path: str | Path, texts: Iterable[str]) -> Path:
     """A notebook from the texts of its cells; a text that begins with a heading becomes a markdown cell."""
+
     def cell(i: int, text: str) -> dict:
         code = dict(cell_type="code", execution_count=None, outputs=[])
         kind = dict(cell_type="markdown") if re.match(r"#+ ", text) else code
@@ -144,7 +166,11 @@ def write_notebook(path: str | Path, texts: Iterable[str]) -> Path:
 
     kernel = dict(display_name="python3", language="python", name="python3")
     made = dict(cells=[cell(i, text) for i, text in enumerate(texts)], metadata=dict(kernelspec=kernel))
-    write(Path(path), json.dumps(made | dict(nbformat=4, nbformat_minor=5), indent=1, sort_keys=True, ensure_ascii=False) + "\n")
+    write(
+        Path(path),
+        json.dumps(made | dict(nbformat=4, nbformat_minor=5), indent=1, sort_keys=True, ensure_ascii=False)
+        + "\n",
+    )
     return Path(path)
 
 

@@ -1,4 +1,6 @@
-"""`make outputs`: run notebooks at size sample and store their results in them, cleaned. The stored results are what the site shows."""
+"""`make outputs`: run notebooks at size sample and store their results in them, cleaned. The stored results
+are what the site shows."""
+
 from __future__ import annotations
 
 import base64
@@ -15,6 +17,7 @@ from .run import Outcome, execute
 def lighter(png: str, colours: int = 128) -> str:
     """A plot (PNG in base64) with a palette, if that is smaller."""
     from PIL import Image
+
     small = io.BytesIO()
     image = Image.open(io.BytesIO(base64.b64decode(png))).convert("RGBA")
     palette = image.quantize(colours, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
@@ -25,7 +28,8 @@ def lighter(png: str, colours: int = 128) -> str:
 def store(path: str | Path, size: str = "sample") -> Outcome:
     """Run a notebook and save its results in it, cleaned; leave it alone if a cell fails."""
     import nbformat
-    path = Path(path).resolve() # nbdev_clean passes over a relative path without a word
+
+    path = Path(path).resolve()  # nbdev_clean passes over a relative path without a word
     notebook, outcome = execute(path, size)
     if outcome.failure:
         return outcome
@@ -51,7 +55,9 @@ def clean(path: Path) -> None:
     if not path.is_file():
         raise FileNotFoundError(path)
     program = Path(sys.executable).with_name("nbdev_clean")
-    done = subprocess.run([program, "--fname", path.resolve()], cwd=path.parent, capture_output=True, text=True)
+    done = subprocess.run(
+        [program, "--fname", path.resolve()], cwd=path.parent, capture_output=True, text=True
+    )
     if done.returncode or "Failed" in done.stderr:
         raise RuntimeError(f"{path} could not be cleaned\n{done.stderr}")
 

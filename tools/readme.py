@@ -1,4 +1,5 @@
 """`make readme`: README.md from nbs/index.ipynb."""
+
 from __future__ import annotations
 
 import re
@@ -25,7 +26,11 @@ def _code(cell: dict) -> list[str]:
     made = [f"```python\n{source}\n```"] if source else []
     for output in cell["outputs"]:
         text = "".join(output.get("text", "") or output.get("data", {}).get("text/plain", ""))
-        if text and not {"image/png", "image/jpeg"} & output.get("data", {}).keys() and output.get("name") != "stderr":
+        if (
+            text
+            and not {"image/png", "image/jpeg"} & output.get("data", {}).keys()
+            and output.get("name") != "stderr"
+        ):
             made.append("\n".join("    " + line for line in text.rstrip().splitlines()))
     return made
 

@@ -1,4 +1,5 @@
 """Run a notebook in a fresh kernel of its own, and tell what it took and found."""
+
 from __future__ import annotations
 
 import os
@@ -12,25 +13,32 @@ from dataclasses import dataclass
 from pathlib import Path
 
 SIZES = ("tiny", "sample", "full")
-QUIET = {"CXR_COURSE_QUIET": "1", "TF_CPP_MIN_LOG_LEVEL": "3", "TF_ENABLE_ONEDNN_OPTS": "0",
-         "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
+QUIET = {
+    "CXR_COURSE_QUIET": "1",
+    "TF_CPP_MIN_LOG_LEVEL": "3",
+    "TF_ENABLE_ONEDNN_OPTS": "0",
+    "PYDEVD_DISABLE_FILE_VALIDATION": "1",
+}
 
 
 @dataclass
 class Outcome:
     """What running a notebook came to."""
-    name: str # of the notebook, as in nbs/
-    size: str # tiny, sample or full
-    seconds: float # wall-clock time
-    memory: int # bytes at the peak, the kernel and its children together
-    headline: str = "" # the figure worth remembering
-    failure: str = "" # which cell failed and why; empty if none did
+
+    name: str  # of the notebook, as in nbs/
+    size: str  # tiny, sample or full
+    seconds: float  # wall-clock time
+    memory: int  # bytes at the peak, the kernel and its children together
+    headline: str = ""  # the figure worth remembering
+    failure: str = ""  # which cell failed and why; empty if none did
 
     @property
-    def cost(self) -> str: return f"{clock(self.seconds)}, {self.memory / 2**20:.0f} MB"
+    def cost(self) -> str:
+        return f"{clock(self.seconds)}, {self.memory / 2**20:.0f} MB"
 
     @property
-    def found(self) -> str: return f"FAILED: {self.failure.splitlines()[0]}" if self.failure else self.headline
+    def found(self) -> str:
+        return f"FAILED: {self.failure.splitlines()[0]}" if self.failure else self.headline
 
     def line(self) -> str:
         """One line for the terminal."""
@@ -44,26 +52,30 @@ def clock(seconds: float) -> str:
 
 class Watch:
     """Watch the memory of a process and its children while a block runs; `peak` is in bytes."""
+
     def __init__(self, pid: Callable[[], int | None]):
         self.pid, self.peak, self._done = pid, 0, threading.Event()
 
     def look(self) -> None:
         """Add up what the family of the process holds now."""
         import psutil
+
         try:
-            family = [(top := psutil.Process(self.pid())), *top.children(recursive=True)] if self.pid() else []
+            family = (
+                [(top := psutil.Process(self.pid())), *top.children(recursive=True)] if self.pid() else []
+            )
         except psutil.NoSuchProcess:
             return
         used = 0
         for process in family:
             try:
                 used += process.memory_info().rss
-            except psutil.NoSuchProcess: # it ended between two looks
+            except psutil.NoSuchProcess:  # it ended between two looks
                 pass
         self.peak = max(self.peak, used)
 
     def _run(self) -> None:
-        while not self._done.wait(.1):
+        while not self._done.wait(0.1):
             self.look()
 
     def __enter__(self) -> Watch:
@@ -81,35 +93,48 @@ def execute(path: str | Path, size: str, timeout: int = 3600):
     import nbformat
     from nbclient import NotebookClient
     from nbclient.exceptions import CellControlSignal, DeadKernelError
+
     path, begun = Path(path).resolve(), []
     notebook = nbformat.read(path, as_version=4)
     for cell in notebook.cells:
         if cell.cell_type == "code":
             cell.outputs, cell.execution_count = [], None
-    client = NotebookClient(notebook, timeout=timeout, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}},
-                            extra_arguments=["--IPKernelApp.log_level=40"],
-                            on_cell_start=lambda cell, cell_index: begun.append(cell_index))
+    client = NotebookClient(
+        notebook,
+        timeout=timeout,
+        kernel_name="python3",
+        resources={"metadata": {"path": str(path.parent)}},
+        extra_arguments=["--IPKernelApp.log_level=40"],
+        on_cell_start=lambda cell, cell_index: begun.append(cell_index),
+    )
     started, failure = time.perf_counter(), ""
-    with (tempfile.TemporaryDirectory() as scratch, tempfile.TemporaryFile("w+") as noise,
-          Watch(lambda: client.km and client.km.provisioner and client.km.provisioner.pid) as watch):
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        tempfile.TemporaryFile("w+") as noise,
+        Watch(lambda: client.km and client.km.provisioner and client.km.provisioner.pid) as watch,
+    ):
         surroundings = os.environ | QUIET | {"CXR_COURSE_SIZE": size, "IPYTHONDIR": scratch}
         try:
             _run(client, env=surroundings, stderr=noise)
         except (CellControlSignal, DeadKernelError) as e:
             failure = _failure(notebook, begun[-1] if begun else 0, e)
-    return notebook, Outcome(path.stem, size, time.perf_counter() - started, watch.peak, _headline(notebook), failure)
+    return notebook, Outcome(
+        path.stem, size, time.perf_counter() - started, watch.peak, _headline(notebook), failure
+    )
 
 
 def _run(client, **how) -> None:
-    with ThreadPoolExecutor(1) as pool: # the kernel's event loop lives in a thread, so that Ctrl-C reaches us
+    with ThreadPoolExecutor(
+        1
+    ) as pool:  # the kernel's event loop lives in a thread, so that Ctrl-C reaches us
         running = pool.submit(client.execute, **how)
         try:
             running.result()
         except KeyboardInterrupt:
             while not running.done():
                 if client.km and client.km.provisioner and client.km.provisioner.process:
-                    client.km.provisioner.process.kill() # nothing happens if it is gone
-                time.sleep(.1)
+                    client.km.provisioner.process.kill()  # nothing happens if it is gone
+                time.sleep(0.1)
             raise
 
 

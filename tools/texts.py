@@ -1,4 +1,6 @@
-"""Gates for what stands in notebooks: links lead somewhere, nothing is fetched, results are stored, no cell names one machine."""
+"""Gates for what stands in notebooks: links lead somewhere, nothing is fetched, results are stored, no cell
+names one machine."""
+
 from __future__ import annotations
 
 import ast
@@ -10,13 +12,13 @@ from pathlib import Path
 from .notebooks import Fault, Notebook, cells, directives
 from .pages import FETCH, markdown, slug
 
-HEAVIEST = 600_000 # bytes of a notebook with its results
+HEAVIEST = 600_000  # bytes of a notebook with its results
 FOLDERS = "|".join(("home", "Users", "root", "tmp", "work", "mnt", "private/var"))
 MACHINE = re.compile(rf"(?<![\w.:/<])/(?:{FOLDERS})/\w+|\b[A-Z]:\\Users")
 LINK = re.compile(r"\]\(([^)\s]+)(?:\s+\"[^\"]*\")?\)|(?:href|src)=\"([^\"]+)\"")
 
 
-def _prose(text: str) -> str: # markdown without its code, in which brackets mean something else
+def _prose(text: str) -> str:  # markdown without its code, in which brackets mean something else
     return re.sub(r"```.*?```|`[^`\n]*`", "", text, flags=re.S)
 
 
@@ -71,7 +73,9 @@ def offline(notebook: Notebook, root: Path) -> Iterator[str]:
             if cell["cell_type"] == "markdown":
                 made = markdown(cell["source"], notebook.path.parent)
             else:
-                made = "".join("".join(o.get("data", {}).get("text/html", "")) for o in cell.get("outputs", ()))
+                made = "".join(
+                    "".join(o.get("data", {}).get("text/html", "")) for o in cell.get("outputs", ())
+                )
         except Fault as e:
             yield f"{at}: {e}"
             continue
@@ -87,7 +91,13 @@ def speaks(source: str) -> bool:
     body = ast.parse(re.sub(r"^([%!].*)$", "pass", source, flags=re.M)).body
     last = body[-1].value if body and isinstance(body[-1], ast.Expr) else None
     if isinstance(last, ast.Call):
-        return ast.unparse(last.func).split(".")[-1] in ("print", "headline", "table", "show_films", "show_images")
+        return ast.unparse(last.func).split(".")[-1] in (
+            "print",
+            "headline",
+            "table",
+            "show_films",
+            "show_images",
+        )
     return last is not None and not (isinstance(last, ast.Constant) and last.value in (None, Ellipsis))
 
 
@@ -104,18 +114,18 @@ def run_before_saving(notebook: Notebook, root: Path) -> Iterator[str]:
 
 
 def layout(notebook: Notebook, root: Path) -> Iterator[str]:
-    """The first cell is title and subtitle alone, results are small, and no folder of one machine is named."""
+    """First cell of title and subtitle alone, results small, no folder of one machine named."""
     at, found = notebook.path.relative_to(root), cells(notebook.path)
     first = next(cell["source"] for cell in found if cell["cell_type"] == "markdown")
     if not re.fullmatch(r"# [^\n]+\n+> [^\n]+\n*", first):
-        yield f"{at}: its first markdown cell must hold the title and one line that begins with `>`, nothing else"
+        yield f"{at}: its first markdown cell must hold the title and a line `> ...`, nothing else"
     if (weight := notebook.path.stat().st_size) > HEAVIEST:
-        yield f"{at}: {weight // 1000} KB with its results; show fewer or smaller figures (at most {HEAVIEST // 1000} KB)"
+        yield f"{at}: {weight // 1000} KB with its results (at most {HEAVIEST // 1000}); show smaller figures"
     for i, cell in enumerate(found, 1):
         data = [o.get("data", {}) | {"text/stream": o.get("text", "")} for o in cell.get("outputs", ())]
         shown = "\n".join("".join(v) for one in data for kind, v in one.items() if kind.startswith("text/"))
         if named := MACHINE.search(cell["source"] + "\n" + shown):
-            yield f"{at}, cell {i}: names {named[0]}, a folder of one machine; use a folder that every reader has"
+            yield f"{at}, cell {i}: names {named[0]}, a folder of one machine; use one that every reader has"
 
 
 TEXTS = (links, offline, run_before_saving, layout)

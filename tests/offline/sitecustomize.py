@@ -1,4 +1,6 @@
-"""Python reads this file at start-up where this folder is on its path: whoever reaches for another machine is told so."""
+"""Python reads this file at start-up where this folder is on its path: whoever reaches for another machine
+is told so."""
+
 import os
 import socket
 
