@@ -38,7 +38,7 @@ class Outcome:
 
     @property
     def found(self) -> str:
-        return f"FAILED: {self.failure.splitlines()[0]}" if self.failure else self.headline
+        return f"FAILED: {self.failure.splitlines()[0][:160]}" if self.failure else self.headline
 
     def line(self) -> str:
         """One line for the terminal."""
