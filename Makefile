@@ -1,6 +1,6 @@
 # Two commands: `make course` runs the course, `make test` proves it. Both do all set-up by themselves.
 .DEFAULT_GOAL := help
-.PHONY: help setup course test lab docs bench readme outputs clean
+.PHONY: help setup course test check lab docs bench readme outputs measure clean
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
@@ -18,18 +18,22 @@ unexport PYTHONPATH PYTHONHOME
 help:
 	@echo 'cxr_course: a chest X-ray deep-learning course that is also a library'
 	@echo
-	@echo '  make course    run every chapter on the built-in data and write the course as pages in _course/'
-	@echo '  make test      prove it: sync, clean notebooks, every chapter, the package in a fresh environment'
-	@echo '  make lab       open JupyterLab at the first chapter'
+	@echo '  make course    run every notebook on the built-in data and write the course as pages in _course/'
+	@echo '  make test      prove it: layers, style, export, every notebook, the package in a fresh environment'
+	@echo '  make lab       open JupyterLab at the first lesson'
+	@echo '  make check     everything about one notebook, in under a minute: make check ONLY=07, ONLY=cam'
 	@echo '  make docs      render the site in _site/ with Quarto'
 	@echo '  make bench     speed against the usual ways, as ratios measured in one run'
 	@echo '  make readme    write README.md from nbs/index.ipynb'
-	@echo '  make outputs   run the chapters and store their results in the notebooks'
+	@echo '  make outputs   run the notebooks and store their results in them'
+	@echo '  make measure   a table of the modules: lines, names, width, functions; REV=v1 for another revision'
 	@echo '  make clean     remove what these commands made, and keep the environment'
 	@echo
-	@echo 'The first command you type sets everything up in .venv/ (a few minutes, about 3 GB). It needs Python 3.11 or later.'
-	@echo 'CXR_COURSE_SIZE=tiny make course    takes minutes; sample is the default; full takes a night'
-	@echo 'make course ONLY="07 12"            runs two chapters'
+	@echo 'The first command you type sets everything up in .venv/ (a few minutes, about 3 GB); after it all of them work offline.'
+	@echo 'It needs Python 3.11 or later.'
+	@echo 'CXR_COURSE_SIZE=tiny make course    takes minutes, and its figures mean nothing; sample is the default; full takes a night'
+	@echo 'make course ONLY="07 cam"           runs two notebooks, by number, topic, module or a part of the path'
+	@echo 'make test ARGS="tests/test_data.py" runs some tests'
 	@echo 'make course PYTHON=/path/to/python  uses another Python'
 
 setup: $(STAMP)
@@ -46,19 +50,22 @@ $(STAMP):
 	@rm -f $(VENV)/.ready-* && touch $@
 
 course: $(STAMP)
-	@$(BIN)/python -c 'import sys; from cxr_course.build import course; sys.exit(course(only=sys.argv[1:]))' $(ONLY)
+	@$(BIN)/python -m tools.course $(ONLY)
 
 test: $(STAMP)
 	@$(BIN)/python -m pytest tests --numprocesses 2 --dist loadgroup $(ARGS)
 
+check: $(STAMP)
+	@$(BIN)/python -m tools.check $(ONLY)
+
 lab: $(STAMP)
-	@$(BIN)/jupyter lab nbs/00_core.ipynb
+	@$(BIN)/jupyter lab $(firstword $(sort $(wildcard nbs/lessons/*.ipynb)) $(sort $(wildcard nbs/[0-9]*.ipynb)))
 
 docs: $(STAMP)
 	@command -v quarto >/dev/null || { \
 	  echo 'The site is rendered by Quarto, which is not on this machine.' >&2; \
 	  echo 'Get it from https://quarto.org/docs/get-started/ (1.4 or later) and run `make docs` again.' >&2; \
-	  echo 'Everything else works without it; `make course` writes the chapters as pages in _course/.' >&2; exit 1; }
+	  echo 'Everything else works without it; `make course` writes the notebooks as pages in _course/.' >&2; exit 1; }
 	@$(MAKE) --no-print-directory readme
 	@$(BIN)/nbdev_docs
 	@echo 'open _site/index.html'
@@ -67,11 +74,14 @@ bench: $(STAMP)
 	@for f in tests/bench_*.py; do echo "$$f"; $(BIN)/python $$f || exit 1; done
 
 readme: $(STAMP)
-	@$(BIN)/python -c 'from cxr_course.build import write_readme; write_readme()'
+	@$(BIN)/python -m tools.readme
 
 outputs: $(STAMP)
-	@$(BIN)/python -c 'import sys; from cxr_course.build import store_all; sys.exit(store_all(only=sys.argv[1:]))' $(ONLY)
+	@$(BIN)/python -m tools.outputs $(ONLY)
+
+measure: $(STAMP)
+	@$(BIN)/python -m tools.measure $(if $(REV),--rev $(REV))
 
 clean:
-	@rm -rf _course _site _proc build dist *.egg-info .pytest_cache nbs/.ipynb_checkpoints nbs/nbdev.yml
-	@find nbs cxr_course tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	@rm -rf _course _site _proc build dist *.egg-info .pytest_cache .ruff_cache nbs/.ipynb_checkpoints nbs/nbdev.yml
+	@find nbs cxr_course tests tools -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,4 +1,5 @@
 """Everything about the package is in settings.ini; this file only hands it to setuptools."""
+
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -10,11 +11,16 @@ ini.read(here / "settings.ini", encoding="utf-8")
 cfg = ini["DEFAULT"]
 
 
-def words(key): return cfg.get(key, "").split()
+def words(key):
+    return cfg.get(key, "").split()
 
 
-extras = {name: words(f"{name}_requirements") for name in ("dicom", "tune", "docs", "teach", "app")}
-extras["dev"] = words("dev_requirements") + extras["dicom"] + extras["tune"]   # the chapters read DICOM and NIfTI, and search
+extras = {name: words(f"{name}_requirements") for name in ("dicom", "tune", "scale", "lab", "docs")}
+# whoever works on the course reads DICOM and NIfTI, searches, opens the lab and renders the site; Ray stays a choice, it is large
+extras["dev"] = sorted({
+    *words("dev_requirements"),
+    *(w for name in ("dicom", "tune", "lab", "docs") for w in extras[name]),
+})
 readme = here / "README.md"
 
 setup(
@@ -35,7 +41,8 @@ setup(
         "Topic :: Scientific/Engineering :: Medical Science Apps.",
     ],
     packages=find_packages(include=["cxr_course", "cxr_course.*"]),
-    include_package_data=True,
+    package_data={"": ["py.typed", "*.j2"]},
+    include_package_data=False,
     python_requires=f">={cfg['min_python']}",
     install_requires=words("requirements"),
     extras_require=extras,

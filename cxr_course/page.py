@@ -33,7 +33,7 @@ def _picture(
     figure.savefig(file, format="png", dpi=dpi)
     return "image/png", file.getvalue()
 
-# %% ../nbs/page.ipynb #9855a2ed
+# %% ../nbs/page.ipynb #fcd6f527
 def embed(
     figure, # a matplotlib Figure, a Sheet of images, or the bytes of a PNG
     alt: str, # what it shows, for those who cannot see it
@@ -42,7 +42,8 @@ def embed(
 ) -> str: # HTML
     "A figure as part of a page, with nothing to load from anywhere."
     if not alt.strip():
-        raise CourseError("a figure needs an alternative text", "embed(figure, alt)", "say in one sentence what it shows")
+        remedy = "say in one sentence what it shows"
+        raise CourseError("a figure needs an alternative text", "embed(figure, alt)", remedy)
     kind, picture = _picture(figure, dpi)
     data = base64.b64encode(picture).decode()
     return f'<figure><img alt="{html.escape(alt)}" src="data:{kind};base64,{data}"></figure>'
@@ -58,7 +59,7 @@ def table_html(
     "A table as part of a page."
     return f'<div class="wide">{table(rows, caption, digits, index)._repr_html_()}</div>'
 
-# %% ../nbs/page.ipynb #d006009d
+# %% ../nbs/page.ipynb #6194dcb2
 _PAGE = """<!doctype html>
 <html lang="en">
 <head>
@@ -66,9 +67,11 @@ _PAGE = """<!doctype html>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{{ title }}</title>
 <style>
-:root { color-scheme: light dark; --paper: #fff; --ink: #1f2328; --soft: #5b636d; --line: #d8dce1; --warn: #a33d00; --note: #fff6e5; }
+:root { color-scheme: light dark; --paper: #fff; --ink: #1f2328; --soft: #5b636d; --line: #d8dce1;
+  --warn: #a33d00; --note: #fff6e5; }
 @media (prefers-color-scheme: dark) {
-  :root { --paper: #16181c; --ink: #dcdfe4; --soft: #98a1ad; --line: #30353c; --warn: #ffb38a; --note: #33291a; }
+  :root { --paper: #16181c; --ink: #dcdfe4; --soft: #98a1ad; --line: #30353c;
+    --warn: #ffb38a; --note: #33291a; }
 }
 body { font: 16px/1.55 system-ui, sans-serif; max-width: 62rem; margin: 2.5rem auto; padding: 0 1.2rem;
   background: var(--paper); color: var(--ink); }
@@ -76,18 +79,24 @@ h1 { font-size: 1.8rem; line-height: 1.25; margin: 0 0 .3rem; }
 h2 { font-size: 1.2rem; margin: 2.4rem 0 .5rem; border-bottom: 1px solid var(--line); padding-bottom: .2rem; }
 p, li { max-width: 48rem; }
 .lead { font-size: 1.08rem; }
-.limits, .alarm { background: var(--note); border-left: 4px solid #e69f00; padding: .6rem 1rem; margin: 1.2rem 0; }
+.limits, .alarm { background: var(--note); border-left: 4px solid #e69f00; padding: .6rem 1rem;
+  margin: 1.2rem 0; }
 .small, .quiet, footer { font-size: .88rem; color: var(--soft); }
 .open { color: var(--warn); font-weight: 600; }
 .wide, figure { overflow-x: auto; margin: .6rem 0; }
 img { background: #fff; max-width: 100%; height: auto; border-radius: 4px; }
-table { border-collapse: collapse; font-size: .87rem; line-height: 1.4; font-variant-numeric: tabular-nums; }
+table { border-collapse: collapse; font-size: .87rem; line-height: 1.4;
+  font-variant-numeric: tabular-nums; }
 caption { color: var(--soft); text-align: left; padding: .2rem 0; }
 th { border-bottom: 2px solid var(--soft); vertical-align: bottom; text-align: left; }
 td { border-bottom: 1px solid var(--line); vertical-align: top; }
 th, td { padding: .15em .8em .15em 0; }
 footer { margin-top: 3rem; border-top: 1px solid var(--line); padding-top: .6rem; }
-@media print { body { margin: 0; max-width: none; } h2 { break-after: avoid; } figure, table { break-inside: avoid; } }
+@media print {
+  body { margin: 0; max-width: none; }
+  h2 { break-after: avoid; }
+  figure, table { break-inside: avoid; }
+}
 </style>
 </head>
 <body>
@@ -104,12 +113,13 @@ footer { margin-top: 3rem; border-top: 1px solid var(--line); padding-top: .6rem
 </body>
 </html>
 """
-_FETCHES = re.compile(r"""<(?:script|link|img|iframe)\b[^>]*?\b(?:src|href)\s*=\s*["']?(?:https?:)?//[^"'\s>]*""")
+_FETCHES = re.compile(r"""<(?:script|link|img|iframe)\b[^>]*?\b(?:src|href)\s*=\s*"""
+                      r"""["']?(?:https?:)?//[^"'\s>]*""")
 
-# %% ../nbs/page.ipynb #b827aa0a
+# %% ../nbs/page.ipynb #86d0099d
 def page(
-    title: str, # text; the heading, and what the browser's tab says
-    sections: Iterable[tuple[str, str]], # (heading as text, body as HTML); an empty heading for words under the title
+    title: str, # text; the heading, and the name of the browser's tab
+    sections: Iterable[tuple[str, str]], # (heading as text, body as HTML); no heading: words under the title
     *,
     footer: str = "Made for teaching. Not a medical device.", # text of the last line
 ) -> str: # HTML that stands alone
@@ -117,5 +127,6 @@ def page(
     template = Environment(autoescape=True).from_string(_PAGE)
     made = template.render(title=title, sections=list(sections), footer=footer)
     if found := _FETCHES.search(made):
-        raise CourseError("the page would fetch something from another machine", found[0], "put it inside with embed(figure, alt)")
+        remedy = "put it inside with embed(figure, alt)"
+        raise CourseError("the page would fetch something from another machine", found[0], remedy)
     return made

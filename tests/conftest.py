@@ -1,33 +1,49 @@
-"""What all tests share: where the repository is, one cache for the phantom's films, the real films if they are at hand."""
+"""What all tests share: where the repository is, no network, one cache for the phantom's images, the real
+images if they are at hand."""
+
 import os
+import sys
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+OFFLINE = ROOT / "tests" / "offline"
+sys.path.insert(0, str(ROOT))  # for `tools`, which is never installed
+sys.path.insert(0, str(OFFLINE))  # no test reaches another machine ...
+sys.modules.pop("sitecustomize", None)
+import sitecustomize  # noqa: E402, F401
+
+# ... and neither do the kernels and programs that it starts
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(OFFLINE), os.environ.get("PYTHONPATH")]))
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 os.environ.setdefault("MPLBACKEND", "agg")
 os.environ["CXR_COURSE_SIZE"] = "tiny"
 
-# `make test` runs two workers. Each keeps to its share of the cores, so that two TensorFlows do not fight over all of them.
+# `make test` runs two workers. Each keeps to its share of the cores,
+# so that two TensorFlows do not fight over all of them.
 if (worker := os.environ.get("PYTEST_XDIST_WORKER")) and hasattr(os, "sched_setaffinity"):
     cores, workers = sorted(os.sched_getaffinity(0)), int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
-    os.sched_setaffinity(0, cores[int(worker[2:]) % len(cores)::workers] or cores)
+    os.sched_setaffinity(0, cores[int(worker[2:]) % len(cores) :: workers] or cores)
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    "A file stays with one worker, since its tests share what they made; the notebooks go wherever there is room."
+    "A file stays with one worker, since its tests share what they made; notebooks go where there is room."
     for item in items:
-        if item.path.name != "test_notebooks.py": item.add_marker(pytest.mark.xdist_group(item.path.stem))
+        if item.path.name != "test_notebooks.py":
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
 
 
 def pytest_terminal_summary(terminalreporter):
-    "What each chapter took and found, in the order of reading."
-    notes = sorted((note, name) for report in terminalreporter.getreports("") for name, note in report.user_properties if name == "chapter")
-    if notes: terminalreporter.section("chapters at size tiny")
-    for note, _ in notes: terminalreporter.write_line(note)
+    "What each notebook took and found."
+    reports = terminalreporter.getreports("")
+    notes = sorted(note for report in reports for name, note in report.user_properties if name == "notebook")
+    if notes:
+        terminalreporter.section("notebooks at size tiny")
+    for note in notes:
+        terminalreporter.write_line(note)
 
 
 @pytest.fixture(scope="session")
@@ -38,7 +54,7 @@ def root():
 
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory):
-    "One cache for the session: the films of the tiny world are made once, and nothing old can make a test pass."
+    "One cache for the session: the tiny world is made once, and nothing old can make a test pass."
     folder = tmp_path_factory.mktemp("cache")
     os.environ["CXR_COURSE_CACHE"] = str(folder)
     return folder
@@ -46,7 +62,8 @@ def cache(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def real_data():
-    "The folder of real films: CXR_COURSE_REAL_DATA, or `../shared/data` beside the repository."
+    "The folder of real images: CXR_COURSE_REAL_DATA, or `../shared/data` beside the repository."
     folder = Path(os.environ.get("CXR_COURSE_REAL_DATA") or ROOT.parent / "shared" / "data")
-    if not folder.is_dir(): pytest.skip(f"no real films at {folder}; set CXR_COURSE_REAL_DATA to a folder that has them")
+    if not folder.is_dir():
+        pytest.skip(f"no real images at {folder}; set CXR_COURSE_REAL_DATA to a folder that has them")
     return folder

@@ -1,4 +1,6 @@
-"""`make course` as its users meet it: pages that need no network, and nothing lost when something goes wrong."""
+"""`make course` as its users meet it: pages that need no network, and nothing lost when something goes
+wrong."""
+
 import json
 import os
 import re
@@ -8,57 +10,109 @@ import sys
 import time
 
 import pytest
+from conftest import ROOT
 
-from cxr_course import build
-from cxr_course.core import CourseError
-from cxr_course.gates import FETCH
+from tools import outputs
+from tools.course import course
+from tools.notebooks import Fault, choose, notebooks, write_notebook
+from tools.pages import FETCH, formula, markdown, page_of
+from tools.readme import readme
 
 
 @pytest.fixture
 def three(tmp_path):
-    build.write_notebook(tmp_path / "nbs/00_a.ipynb", ["# A\n> First", "## Why $x^2$?\n\nSee [B](01_b.ipynb#how).", "#| hide\nsecret = 1", "#| export\ndef f(): return 1", "print('headline: a 1')"])
-    build.write_notebook(tmp_path / "nbs/01_b.ipynb", ["# B\n> Second", "1 / 0"])
-    build.write_notebook(tmp_path / "nbs/02_c.ipynb", ["# C\n> Third", "import sys\nprint('noise', file=sys.stderr)\nprint('<b>headline: c 3')"])
+    "Three notebooks, one of them in a sub-folder; the second fails."
+    write_notebook(
+        tmp_path / "nbs/00_a.ipynb",
+        [
+            "# A\n> First",
+            "## Why $x^2$?\n\nSee [B](lessons/01_b.ipynb#how).",
+            "#| hide\nsecret = 1",
+            "#| export\ndef f(): return 1",
+            "print('headline: a 1')",
+        ],
+    )
+    write_notebook(
+        tmp_path / "nbs/lessons/01_b.ipynb",
+        ["# B\n> Second", "Back to [A](../00_a.ipynb)".replace("Back", "## Back\n\nback"), "1 / 0"],
+    )
+    write_notebook(
+        tmp_path / "nbs/lessons/02_c.ipynb",
+        ["# C\n> Third", "import sys\nprint('noise', file=sys.stderr)\nprint('headline: <b>c 3')"],
+    )
     return tmp_path
 
 
 def test_goes_on_after_a_failure_and_says_so(three, capsys):
-    assert build.course(three, run_size="tiny") == 1
+    assert course(three, size="tiny") == 1
     said = capsys.readouterr().out
-    assert "FAILED 01_b, cell 2, `1 / 0`: ZeroDivisionError" in said and "1 of 3 chapters failed" in said
-    assert {p.name for p in (three / "_course").iterdir()} == {"00_a.html", "01_b.html", "02_c.html", "index.html", "runs.json"}
+    assert (
+        "FAILED lessons/01_b, cell 3, `1 / 0`: ZeroDivisionError" in said
+        and "1 of 3 notebooks failed" in said
+    )
+    assert re.search(r"Headline figures\n +00_a +a 1\n", said)
+    left = {p.relative_to(three / "_course").as_posix() for p in (three / "_course").rglob("*.*")}
+    assert left == {"00_a.html", "lessons/01_b.html", "lessons/02_c.html", "index.html", "runs.json"}
 
 
 def test_pages(three):
-    build.course(three, run_size="tiny")
-    pages = {p.stem: p.read_text() for p in (three / "_course").glob("*.html")}
+    course(three, size="tiny")
+    pages = {p.stem: p.read_text() for p in (three / "_course").rglob("*.html")}
     assert not any(FETCH.search(page) for page in pages.values())
-    a = pages["00_a"]
-    assert "<math" in a and 'href="01_b.html#how"' in a and 'href="01_b.html"' in a
+    a, b = pages["00_a"], pages["01_b"]
+    assert (
+        "<math" in a and 'href="lessons/01_b.html#how"' in a and 'class="next" href="lessons/01_b.html"' in a
+    )
+    assert (
+        'href="../00_a.html"' in b
+        and 'class="previous" href="../00_a.html"' in b
+        and 'href="../index.html"' in b
+    )
+    assert 'class="next" href="../lessons/02_c.html"' in b
     assert "secret" not in a and "#|" not in re.sub(r"<style>.*?</style>", "", a, flags=re.S)
-    assert "ZeroDivisionError" in pages["01_b"] and "<pre>noise" not in pages["02_c"] and "&lt;b&gt;" in pages["02_c"]
-    assert "a <b>1</b>" in pages["index"] and "ZeroDivisionError" in pages["index"]
+    assert "ZeroDivisionError" in b and "<pre>noise" not in pages["02_c"] and "&lt;b&gt;" in pages["02_c"]
+    assert (
+        "a <b>1</b>" in pages["index"]
+        and "ZeroDivisionError" in pages["index"]
+        and 'href="lessons/02_c.html"' in pages["index"]
+    )
 
 
-def test_a_rerun_of_one_chapter_keeps_the_others(three):
-    build.course(three, run_size="tiny")
-    build.write_notebook(three / "nbs/01_b.ipynb", ["# B\n> Second", "print('headline: b 2')"])
-    assert build.course(three, run_size="tiny", only=["01"]) == 0
+def test_a_rerun_of_one_notebook_keeps_the_others(three):
+    course(three, size="tiny")
+    write_notebook(three / "nbs/lessons/01_b.ipynb", ["# B\n> Second", "print('headline: b 2')"])
+    assert course(three, ["01"], size="tiny") == 0
     opening = (three / "_course/index.html").read_text()
     assert "a <b>1</b>" in opening and "b <b>2</b>" in opening and "ZeroDivisionError" not in opening
 
 
 def begun(three):
-    "`make course` over three chapters, the first done and the second, which would take a minute, under way."
-    build.write_notebook(three / "nbs/01_b.ipynb", ["# B\n> It waits", f"from pathlib import Path\nimport os, time\nPath('{three}/pid').write_text(str(os.getpid()))\ntime.sleep(60)"])
-    run = subprocess.Popen([sys.executable, "-c", f"import sys; from cxr_course.build import course; sys.exit(course({str(three)!r}, run_size='tiny'))"], start_new_session=True, stdout=subprocess.PIPE, text=True)
+    "`make course` over three notebooks, the first done and the second, which would take a minute, under way."
+    tells = f"Path('{three}/pid').write_text(str(os.getpid()))"
+    waits = f"from pathlib import Path\nimport os, time\n{tells}\ntime.sleep(60)"
+    write_notebook(three / "nbs/lessons/01_b.ipynb", ["# B\n> It waits", waits])
+    program = f"import sys; from tools.course import course; sys.exit(course({str(three)!r}, size='tiny'))"
+    # a suite started in the background ignores Ctrl-C, and so would its children
+    run = subprocess.Popen(
+        [sys.executable, "-c", program],
+        cwd=ROOT,
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     until = time.monotonic() + 120
-    while not (three / "pid").exists() and time.monotonic() < until: time.sleep(.1)
+    while not ((three / "pid").exists() and (three / "pid").read_text()) and time.monotonic() < until:
+        time.sleep(0.1)
     return run
 
 
-def assert_first_chapter_whole(three):
-    left = {p.name for p in (three / "_course").iterdir() if not p.name.startswith(".")}
+def assert_first_is_whole(three):
+    left = {
+        p.relative_to(three / "_course").as_posix()
+        for p in (three / "_course").rglob("*.*")
+        if not p.name.startswith(".")
+    }
     assert left == {"00_a.html", "index.html", "runs.json"}
     assert [o["name"] for o in json.loads((three / "_course/runs.json").read_text())] == ["00_a"]
     assert (three / "_course/00_a.html").read_text().rstrip().endswith("</html>")
@@ -68,41 +122,125 @@ def test_killed_halfway_leaves_whole_pages(three):
     run = begun(three)
     os.killpg(run.pid, signal.SIGKILL)
     run.communicate()
-    assert_first_chapter_whole(three)
+    assert_first_is_whole(three)
 
 
 def test_ctrl_c_stops_at_once_and_says_where(three):
     run = begun(three)
     os.killpg(run.pid, signal.SIGINT)
     said, _ = run.communicate(timeout=30)
-    assert run.returncode == 130 and "stopped in 01_b" in said and "02_c" not in said.splitlines()[-1]
-    assert_first_chapter_whole(three)
-    with pytest.raises(ProcessLookupError): os.kill(int((three / "pid").read_text()), 0)
+    assert run.returncode == 130 and "stopped in lessons/01_b" in said and "02_c" not in said.splitlines()[-1]
+    assert_first_is_whole(three)
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((three / "pid").read_text()), 0)
+
+
+def test_outputs_are_stored_and_cleaned(three, monkeypatch):
+    (three / "settings.ini").write_text(
+        "[DEFAULT]\nlib_name = toy\nlib_path = cxr_course\nnbs_path = nbs\nuser = u\nrepo = toy\n"
+        "author = a\nauthor_email = a@b.c\ndescription = d\nversion = 0\nmin_python = 3.11\n"
+    )
+    monkeypatch.chdir(three)  # a relative path, as `make outputs` is typed
+    assert outputs.store_all(".", ["02"], size="tiny") == 0
+    stored = json.loads((three / "nbs/lessons/02_c.ipynb").read_text())
+    assert (
+        "c 3" in "".join(stored["cells"][1]["outputs"][0]["text"]) and len(stored["cells"][1]["outputs"]) == 1
+    )
+    assert "language_info" not in stored["metadata"] and stored["cells"][1]["execution_count"] is None
+    before = (three / "nbs/lessons/01_b.ipynb").read_bytes()
+    assert outputs.store_all(".", ["01"], size="tiny") == 1
+    assert (three / "nbs/lessons/01_b.ipynb").read_bytes() == before
+
+
+def test_only(three):
+    found = notebooks(three)
+    names = lambda *words: [n.name for n in choose(found, words)]
+    assert names() == ["00_a", "lessons/01_b", "lessons/02_c"]
+    assert names("01") == names("b") == names("nbs/lessons/01_b.ipynb") == ["lessons/01_b"]
+    assert names("lessons") == ["lessons/01_b", "lessons/02_c"] and names("02", "a") == [
+        "00_a",
+        "lessons/02_c",
+    ]
+    with pytest.raises(Fault, match="no notebook is called 99"):
+        choose(found, ["99"])
+
+
+@pytest.mark.parametrize("tool", ["course", "outputs", "check"])
+def test_an_unknown_name_is_refused_without_a_traceback(tool):
+    done = subprocess.run(
+        [sys.executable, "-m", f"tools.{tool}", "zzz"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert (
+        done.returncode == 1 and "no notebook is called zzz" in done.stderr and "Traceback" not in done.stderr
+    )
 
 
 def test_a_formula_that_cannot_be_set_is_named():
-    with pytest.raises(CourseError, match="not known"): build.markdown(r"$\nonsense$")
+    with pytest.raises(Fault, match="not known"):
+        markdown(r"$\nonsense$")
 
 
-@pytest.mark.parametrize("tex", [r"\frac{a}{b}", r"\mathrm{d}x", r"\begin{aligned} a &= b \\ c &= d \end{aligned}", r"\hat{y} \in [0, 1]", r"\sum_{i=1}^{n} x_i", r"\lfloor x \rfloor"])
+@pytest.mark.parametrize(
+    "tex",
+    [
+        r"\frac{a}{b}",
+        r"\mathrm{d}x",
+        r"\begin{aligned} a &= b \\ c &= d \end{aligned}",
+        r"\hat{y} \in [0, 1]",
+        r"\sum_{i=1}^{n} x_i",
+        r"\lfloor x \rfloor",
+    ],
+)
 def test_formulas(tex):
-    made = build.formula(tex, "block")
+    made = formula(tex, "block")
     assert made.startswith("<math") and "\\" not in made and "<mi>&</mi>" not in made
 
 
+@pytest.mark.parametrize(
+    "link, leads_to",
+    [
+        ("a.ipynb", "a.html"),
+        ("../library/x/cam.ipynb#why", "../library/x/cam.html#why"),
+        ("./b.ipynb", "b.html"),
+        ("../index.ipynb", "../about.html"),
+        ("https://a.org/b.ipynb", "https://a.org/b.ipynb"),
+        ("#here", "#here"),
+    ],
+)
+def test_links_between_pages(link, leads_to):
+    assert page_of(link) == leads_to
+
+
 def test_the_readme_leads_to_the_notebooks(tmp_path):
-    build.write_notebook(tmp_path / "nbs/index.ipynb", ["# T\n> t", "## L\n\n[a](00_a.ipynb), [b](https://b.org), [c](#l), [d](../LICENSE), ![e](images/e.png)"])
-    text = build.readme(tmp_path)
-    assert all(part in text for part in ("(nbs/00_a.ipynb)", "(https://b.org)", "(#l)", "(LICENSE)", "(nbs/images/e.png)"))
+    write_notebook(
+        tmp_path / "nbs/index.ipynb",
+        [
+            "# T\n> t",
+            "## L\n\n[a](lessons/00_a.ipynb), [b](https://b.org), [c](#l), [d](../LICENSE), ![e](i/e.png)",
+        ],
+    )
+    text = readme(tmp_path)
+    assert all(
+        part in text
+        for part in ("(nbs/lessons/00_a.ipynb)", "(https://b.org)", "(#l)", "(LICENSE)", "(nbs/i/e.png)")
+    )
 
 
 def test_make_says_what_python_it_needs(root, tmp_path):
-    for name in ("Makefile", "settings.ini", "setup.py"): (tmp_path / name).write_bytes((root / name).read_bytes())
-    done = subprocess.run(["make", "course", "PYTHON=/no/such/python"], cwd=tmp_path, capture_output=True, text=True)
+    for name in ("Makefile", "settings.ini", "setup.py"):
+        (tmp_path / name).write_bytes((root / name).read_bytes())
+    done = subprocess.run(
+        ["make", "course", "PYTHON=/no/such/python"], cwd=tmp_path, capture_output=True, text=True
+    )
     assert done.returncode and "needs Python 3.11" in done.stderr and "PYTHON=" in done.stderr
     assert not (tmp_path / ".venv").exists()
 
 
 def test_make_alone_teaches(root):
     done = subprocess.run(["make"], cwd=root, capture_output=True, text=True)
-    assert done.returncode == 0 and "make course" in done.stdout and "make test" in done.stdout
+    assert (
+        done.returncode == 0
+        and "make course" in done.stdout
+        and "make test" in done.stdout
+        and "make check" in done.stdout
+    )
