@@ -17,14 +17,14 @@ from scipy import ndimage
 from scipy.stats import rankdata
 
 from . import cnn, core, evaluation, images
-from .core import CourseError, PALETTE, Sheet, rng
+from .core import CourseError, PALETTE, Sheet, Task, rng
 
 # %% auto #0
 __all__ = ['METHODS', 'logit', 'opposite', 'versus', 'probability', 'answer', 'named', 'evidence', 'cam', 'gradcam',
-           'gradcam_plus', 'hirescam', 'ablation', 'alone', 'scorecam', 'occlusion', 'slope', 'integrated', 'maps',
-           'silent', 'overlay', 'show', 'pointing', 'energy', 'controls', 'score', 'plot_score', 'box_masks',
-           'guided_relu', 'guided', 'cascade', 'agreement', 'sanity', 'curves', 'captions', 'by_class', 'panel',
-           'explain_files', 'save_overlay', 'save_overlays']
+           'gradcam_plus', 'hirescam', 'ablation', 'alone', 'scorecam', 'occlusion', 'slope', 'integrated',
+           'model_input', 'maps', 'silent', 'overlay', 'show', 'pointing', 'energy', 'controls', 'score', 'plot_score',
+           'box_masks', 'curves', 'guided_relu', 'guided', 'cascade', 'agreement', 'sanity', 'captions', 'by_class',
+           'panel', 'explain_files', 'save_overlay', 'save_overlays']
 
 # %% ../nbs/18_gradcam.ipynb #1bd676cd
 def logit(
@@ -72,8 +72,12 @@ def named(
 ) -> Callable: # of logits (n, k), gives (n,)
     "The target that belongs to a name."
     labels = list(labels)
+    if len(labels) != max(outputs, 2) and not len(labels) == outputs == 1:
+        raise CourseError(f"the model has {outputs} outputs for {len(labels)} names", ", ".join(labels),
+                          "name each output once, in the model's order; of two classes with one output both")
     for n in (name, against):
-        if n is not None and n not in labels: raise CourseError(f"the model knows no {n!r}", None, f"it knows {', '.join(labels)}")
+        if n is not None and n not in labels:
+            raise CourseError(f"the model knows no {n!r}", None, f"it knows {', '.join(labels)}")
     if outputs == 1: return logit() if name == labels[-1] else opposite(logit())
     return logit(labels.index(name)) if against is None else versus(labels.index(name), labels.index(against))
 
@@ -89,19 +93,31 @@ def evidence(
         tape.watch(a)
         t = target(cnn.head(model)(a, training=False))
     g = tape.gradient(t, a)
-    if g is None or t.shape != a.shape[:1]: raise CourseError("a target gives one number a film, made from the logits", f"got shape {tuple(t.shape)} for {len(a)} films", "for instance logit(1), or lambda z: z[:, 1] - z[:, 0]")
+    if g is None or t.shape != a.shape[:1]:
+        raise CourseError("a target gives one number a film, made from the logits",
+                          f"got shape {tuple(t.shape)} for {len(a)} films", "for instance logit(1), or lambda z: z[:, 1] - z[:, 0]")
     return a, g, t
 
 # %% ../nbs/18_gradcam.ipynb #e2c1f14b
+def _mean_and_dense(model):
+    "The dense layer of a head that is the mean of each map and this layer."
+    part = cnn.head(model)
+    steps = getattr(part, "operations", None) or part.layers
+    plain = [s for s in steps if not isinstance(s, (keras.layers.InputLayer, keras.layers.Dropout))]
+    kinds = (keras.layers.GlobalAveragePooling2D, keras.layers.Dense)
+    fits = len(plain) == 2 and all(map(isinstance, plain, kinds)) and plain[1].activation is keras.activations.linear
+    if not fits:
+        raise CourseError("CAM needs a head of a mean and one dense layer", model.name, "use 'gradcam', which takes any head")
+    return plain[1]
+
+# %% ../nbs/18_gradcam.ipynb #6df47cc6
 def cam(
     model, # its head: mean of each map, then one dense layer
     x: np.ndarray, # (n, h, w, 1)
     target: Callable, # of logits, gives (n,)
 ) -> tf.Tensor: # (n, h', w')
     "Class activation map: the weights of the last layer, applied before the mean instead of after it."
-    first, *more, last = cnn.head(model).layers
-    if not isinstance(first, keras.layers.GlobalAveragePooling2D) or not isinstance(last, keras.layers.Dense) or any(not isinstance(m, keras.layers.Dropout) for m in more):
-        raise CourseError("CAM needs a head of a mean and one dense layer", model.name, "use 'gradcam', which takes any head")
+    last = _mean_and_dense(model)
     a = cnn.features(model)(x, training=False)
     with tf.GradientTape() as tape:
         tape.watch(mean := tf.reduce_mean(a, (1, 2)))
@@ -229,16 +245,38 @@ METHODS = {   # name: function of (model, films, target) that gives signed maps 
 }
 
 # %% ../nbs/18_gradcam.ipynb #12dcfbc2
-def _films(model, films: np.ndarray) -> np.ndarray:
-    "Films as (n, h, w, 1) float32, or an error that says what does not fit."
+def model_input(
+    model, # a Keras model that takes images (h, w, 1)
+    films: np.ndarray, # (n, h, w), (n, h, w, 1) or (h, w) in [0, 1], or uint8
+) -> np.ndarray: # (n, h, w, 1) float32
+    "Images as the model takes them, or an error that says what does not fit."
     x = np.asarray(films)
     x = x.astype(np.float32) / 255 if x.dtype == np.uint8 else x.astype(np.float32)
     x = x[None, ..., None] if x.ndim == 2 else x[..., None] if x.ndim == 3 else x
     want = tuple(model.input_shape[1:])
     if x.ndim != 4 or any(w is not None and w != s for w, s in zip(want, x.shape[1:])):
-        raise CourseError(f"the model takes films of {' x '.join(map(str, want))}, and got an array of shape {np.shape(films)}", model.name, "give (n, h, w) at the model's size: `images.fit` brings a film there")
-    if not np.isfinite(x).all(): raise CourseError("a film has values that are no numbers", None, "look at the film: `data.check` finds such files")
+        raise CourseError(f"the model takes images of {' x '.join(map(str, want))}, and got an array of shape {np.shape(films)}",
+                          model.name, "give (n, h, w) at the model's size: `images.fit` brings an image there")
+    if not np.isfinite(x).all():
+        raise CourseError("an image has values that are no numbers", None, "look at the image: `data.check` finds such files")
     return x
+
+# %% ../nbs/18_gradcam.ipynb #5476ba47
+def _network(model):
+    "The Keras model of a run or a bundle, or the model itself."
+    return model.model if hasattr(model, "card") else model
+
+def _asked(model, target, labels: Iterable[str] | None) -> Callable:
+    "The target as a function of logits: as it is, by its name, or the model's own answer."
+    if target is None or callable(target):
+        return target or answer
+    known = labels if labels is not None else getattr(model, "card", {}).get("labels")
+    if not isinstance(target, str):
+        raise CourseError(f"a target is a name or a function of logits, not {target!r}", None, "for instance 'Effusion' or logit(1)")
+    if known is None:
+        raise CourseError(f"the network does not know which of its outputs is {target!r}", _network(model).name,
+                          "say labels=[...] in the order of its outputs, or give the run or the bundle in its place")
+    return named(target, known, _network(model).output_shape[-1])
 
 def _positive(raw, shape: tuple[int, int]) -> np.ndarray:
     "What speaks for the target, at the film's size, each map with its largest value at 1; nothing stays nothing."
@@ -248,17 +286,21 @@ def _positive(raw, shape: tuple[int, int]) -> np.ndarray:
 
 # %% ../nbs/18_gradcam.ipynb #cd39c7e1
 def maps(
-    model, # a model that keeps the contract
+    model, # a model that keeps the contract, a run, or a bundle
     films: np.ndarray, # (n, h, w) or (h, w) in [0, 1], or uint8
-    target: Callable | None = None, # of logits (n, k), gives (n,); default: the model's own answer
+    target: str | Callable | None = None, # a class or a finding, or a function of logits (n, k) that gives (n,); default: the model's own answer
     method: str | Callable = "gradcam", # a name in METHODS, or a function like those
-    batch: int = 32, # films at a time
+    batch: int = 32, # images at a time
+    *,
+    labels: Iterable[str] | None = None, # names of the outputs in their order; default: as the run or the bundle says
     **options, # for the method: `patch` of occlusion, `steps` of integrated gradients
 ) -> np.ndarray: # (n, h, w) float32 in [0, 1], largest value 1; all zero where nothing speaks for the target
     "Where the evidence lies, for many films at once."
-    if isinstance(method, str) and method not in METHODS: raise CourseError(f"there is no method {method!r}", None, f"choose one of {', '.join(METHODS)}")
-    x, explain = _films(model, films), METHODS[method] if isinstance(method, str) else method
-    parts = [explain(model, x[i:i + batch], target or answer, **options) for i in range(0, len(x), batch)]
+    if isinstance(method, str) and method not in METHODS:
+        raise CourseError(f"there is no method {method!r}", None, f"choose one of {', '.join(METHODS)}")
+    target, model = _asked(model, target, labels), _network(model)
+    x, explain = model_input(model, films), METHODS[method] if isinstance(method, str) else method
+    parts = [explain(model, x[i:i + batch], target, **options) for i in range(0, len(x), batch)]
     return np.concatenate([_positive(p, x.shape[1:3]) for p in parts])
 
 # %% ../nbs/18_gradcam.ipynb #b2a16f38
@@ -383,6 +425,27 @@ def box_masks(
         return images.fit(full, shape)
     return np.stack([one(*r) for r in frame[["path", "height", "width"]].itertuples(index=False)])
 
+# %% ../nbs/18_gradcam.ipynb #bd600981
+def curves(
+    model, # a model that gives logits, a run, or a bundle
+    films: np.ndarray, # (n, h, w) in [0, 1]
+    heat: np.ndarray, # (n, h, w) maps: which pixels go first
+    target: str | Callable, # a class or a finding, or a function of logits, gives (n,); usually `probability(...)`
+    instead: np.ndarray | None = None, # (h, w) or (n, h, w) what shows where a pixel is gone; default: the film itself, blurred
+    steps: int = 16, # equal portions of the pixels
+    batch: int = 64, # films at a time
+) -> tuple[np.ndarray, np.ndarray]: # deletion and insertion, each (n, steps + 1): the target after each portion
+    "Take the most important pixels away first and watch the target fall; bring them back first and watch it rise."
+    target, model = _asked(model, target, None), _network(model)
+    sharp = model_input(model, films)
+    gone = np.stack([ndimage.gaussian_filter(f[..., 0], f.shape[0] / 8)[..., None] for f in sharp]) if instead is None else np.broadcast_to(instead, films.shape)[..., None]
+    ties = np.stack([rng(i, "gradcam.curves").random(h.shape) for i, h in enumerate(heat)])
+    order = np.lexsort((ties.reshape(len(ties), -1), -heat.reshape(len(heat), -1)), axis=1)
+    place = np.argsort(order, axis=1).reshape(*heat.shape, 1) / order.shape[1]          # 0: most important
+    def after(first, then, share): return np.concatenate([target(model(np.where(place[i:i + batch] < share, then[i:i + batch], first[i:i + batch]), training=False)).numpy() for i in range(0, len(films), batch)])
+    shares = np.linspace(0, 1, steps + 1)
+    return tuple(np.stack([after(a, b, s) for s in shares], 1) for a, b in ((sharp, gone), (gone, sharp)))
+
 # %% ../nbs/18_gradcam.ipynb #1ae016dc
 @tf.custom_gradient
 def guided_relu(x):
@@ -398,13 +461,18 @@ def _clone(model, layer: Callable):
     return twin
 
 def _same(layer):
+    if not isinstance(layer, keras.Layer):           # an operation such as `keras.ops.log`, which has no weights
+        return layer
     return keras.models.clone_model(layer, clone_function=_same) if isinstance(layer, keras.Model) else type(layer).from_config(layer.get_config())
 
 def _guided(layer):
-    if isinstance(layer, keras.Model): return keras.models.clone_model(layer, clone_function=_guided)
-    if isinstance(layer, keras.layers.ReLU): return keras.layers.Activation(guided_relu, name=layer.name)
+    if isinstance(layer, keras.Model):
+        return keras.models.clone_model(layer, clone_function=_guided)
+    if isinstance(layer, keras.layers.ReLU):
+        return keras.layers.Activation(guided_relu, name=layer.name)
     new = _same(layer)
-    if getattr(layer, "activation", None) is keras.activations.relu: new.activation = guided_relu
+    if getattr(layer, "activation", None) is keras.activations.relu:
+        new.activation = guided_relu
     return new
 
 # %% ../nbs/18_gradcam.ipynb #010eb79a
@@ -442,37 +510,19 @@ def agreement(
 
 # %% ../nbs/18_gradcam.ipynb #79563fa6
 def sanity(
-    model, # a trained model
+    model, # a trained model, a run, or a bundle
     films: np.ndarray, # (n, h, w)
-    target: Callable, # of logits, gives (n,)
+    target: str | Callable, # a class or a finding, or a function of logits that gives (n,)
     methods: Mapping[str, str | Callable], # name: what `maps` takes as method
     seed: int = 0, # of the shuffling
 ) -> pd.DataFrame: # index the layers from the logits down; a column a method: mean agreement with the map of the intact model
     "How much of each map survives when the model forgets, layer by layer."
+    target, model = _asked(model, target, None), _network(model)
     intact = {name: maps(model, films, target, m) for name, m in methods.items()}
     rows = {"none": dict.fromkeys(methods, 1.)}
-    for layer, twin in cascade(model, seed): rows[layer] = {name: float(agreement(intact[name], maps(twin, films, target, m)).mean()) for name, m in methods.items()}
+    for layer, twin in cascade(model, seed):
+        rows[layer] = {name: float(agreement(intact[name], maps(twin, films, target, m)).mean()) for name, m in methods.items()}
     return pd.DataFrame(rows).T.rename_axis(index="forgotten down to")
-
-# %% ../nbs/18_gradcam.ipynb #bd600981
-def curves(
-    model, # a model that gives logits
-    films: np.ndarray, # (n, h, w) in [0, 1]
-    heat: np.ndarray, # (n, h, w) maps: which pixels go first
-    target: Callable, # of logits, gives (n,); usually `probability(...)`
-    instead: np.ndarray | None = None, # (h, w) or (n, h, w) what shows where a pixel is gone; default: the film itself, blurred
-    steps: int = 16, # equal portions of the pixels
-    batch: int = 64, # films at a time
-) -> tuple[np.ndarray, np.ndarray]: # deletion and insertion, each (n, steps + 1): the target after each portion
-    "Take the most important pixels away first and watch the target fall; bring them back first and watch it rise."
-    sharp = _films(model, films)
-    gone = np.stack([ndimage.gaussian_filter(f[..., 0], f.shape[0] / 8)[..., None] for f in sharp]) if instead is None else np.broadcast_to(instead, films.shape)[..., None]
-    ties = np.stack([rng(i, "gradcam.curves").random(h.shape) for i, h in enumerate(heat)])
-    order = np.lexsort((ties.reshape(len(ties), -1), -heat.reshape(len(heat), -1)), axis=1)
-    place = np.argsort(order, axis=1).reshape(*heat.shape, 1) / order.shape[1]          # 0: most important
-    def after(first, then, share): return np.concatenate([target(model(np.where(place[i:i + batch] < share, then[i:i + batch], first[i:i + batch]), training=False)).numpy() for i in range(0, len(films), batch)])
-    shares = np.linspace(0, 1, steps + 1)
-    return tuple(np.stack([after(a, b, s) for s in shares], 1) for a, b in ((sharp, gone), (gone, sharp)))
 
 # %% ../nbs/18_gradcam.ipynb #777e35a8
 def captions(
@@ -505,7 +555,7 @@ def panel(
     rows: Iterable[int] | None = None, # which rows of `predictions` the films are, for titles with probability and truth
 ) -> Sheet: # one row a film: the film, then the findings with the highest AUC
     "System B's panel."
-    names = core.classes(predictions)
+    names = Task.of(predictions).names
     aucs = pd.Series({c: evaluation.auc(*q) for c, q in evaluation.questions(predictions).items()}).dropna().sort_values(ascending=False).head(k)
     heat = {c: maps(model, films, logit(names.index(c)), method) for c in aucs.index}
     drawn, titles = [], []
