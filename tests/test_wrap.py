@@ -268,4 +268,4 @@ def test_system_b_loads_evaluates_and_explains_fourteen_findings(tmp_path):
     assert evaluation.evaluate(p, .5).query("metric == 'AUC'")["value"].notna().sum() >= 4
     films = store.array()[:2, ..., 0]
     sheet = gradcam.panel(model, films, p, k=4)
-    assert len(sheet.axes) == 2 * 5 and sum("AUC" in ax.get_title() for ax in sheet.axes) == 8
+    assert len(sheet.axes) == 2 * 5 + 1 and sum("AUC" in ax.get_title() for ax in sheet.axes) == 8
