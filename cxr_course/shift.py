@@ -527,14 +527,14 @@ def _some(a: Embedding, side: str, limit: int, seed: int) -> Embedding:
     return a.rows(np.isin(a.keys, who[rng(seed, "shift.limit", side).permutation(len(who))[:limit]]))
 
 # %% ../nbs/19_shift.ipynb #7f95cfdf
-_UNLABELLED = ("no layout of this course is recognised", "DICOM files without labels")   # what `data.load` says of a heap of images
+_UNLABELLED = ("no layout of this course", "DICOM files without labels", "a folder of one class")   # what `data.load` says of a heap
 
 def _loaded(folder: Path) -> pd.DataFrame:
     "A labelled set, or the image files of a folder; a set that is damaged is an error and no heap."
     try:
         return data.load(folder, sizes=False)
     except CourseError as error:
-        if error.what not in _UNLABELLED or not folder.is_dir():
+        if not error.what.startswith(_UNLABELLED) or not folder.is_dir():
             raise
     files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name.lower().endswith(data.PICTURES) and not p.name.startswith("."))
     if not files:
