@@ -60,7 +60,7 @@ def probability(
 def answer(
     z, # (n, k) logits
 ): # (n,) the logit of what the model says itself
-    "The model's own answer, film by film: the largest logit, or a single one in the direction it points to."
+    "The model's own answer, image by image: the largest logit, or a single one in the direction it points to."
     return tf.abs(z[:, 0]) if z.shape[-1] == 1 else tf.reduce_max(z, axis=-1)
 
 # %% ../nbs/18_gradcam.ipynb #133cfec4
@@ -84,7 +84,7 @@ def named(
 # %% ../nbs/18_gradcam.ipynb #4195df6d
 def evidence(
     model, # a model that keeps the contract
-    x: np.ndarray, # (n, h, w, 1) films
+    x: np.ndarray, # (n, h, w, 1) images
     target: Callable, # of logits, gives (n,)
 ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]: # the last maps A (n, h', w', f), the gradient of the target by A, the target (n,)
     "Look once, decide once, and play the decision backwards, for a whole batch."
@@ -186,7 +186,7 @@ def scorecam(
     x: np.ndarray, # (n, h, w, 1)
     target: Callable, # of logits, gives (n,)
 ) -> tf.Tensor: # (n, h', w')
-    "Score-CAM: each map, enlarged, masks the film; its weight is what the model says to that film."
+    "Score-CAM: each map, enlarged, masks the image; its weight is what the model says to that image."
     a = cnn.features(model)(x, training=False)
     low, high = (f(a, (1, 2), keepdims=True) for f in (tf.reduce_min, tf.reduce_max))
     masks = tf.image.resize(tf.math.divide_no_nan(a - low, high - low), x.shape[1:3])
@@ -220,7 +220,7 @@ def slope(
     x: np.ndarray, # (n, h, w, 1)
     target: Callable, # of logits, gives (n,)
 ) -> tf.Tensor: # (n, h, w)
-    "How the target changes with each pixel: the gradient on the film."
+    "How the target changes with each pixel: the gradient on the image."
     x = tf.convert_to_tensor(x)
     with tf.GradientTape() as tape:
         tape.watch(x)
@@ -232,14 +232,14 @@ def integrated(
     model, # any model that gives logits
     x: np.ndarray, # (n, h, w, 1)
     target: Callable, # of logits, gives (n,)
-    steps: int = 32, # films between black and this one
-) -> tf.Tensor: # (n, h, w) signed: adds up to the target's change from a black film to this one
-    "Integrated gradients: the slope, averaged on the way from a black film to this one, times the film."
+    steps: int = 32, # images between black and this one
+) -> tf.Tensor: # (n, h, w) signed: adds up to the target's change from a black image to this one
+    "Integrated gradients: the slope, averaged on the way from a black image to this one, times the image."
     x = tf.convert_to_tensor(x)
     return x[..., 0] * sum(slope(model, x * ((i + .5) / steps), target) for i in range(steps)) / steps
 
 # %% ../nbs/18_gradcam.ipynb #3703b941
-METHODS = {   # name: function of (model, films, target) that gives signed maps (n, h', w')
+METHODS = {   # name: function of (model, images, target) that gives signed maps (n, h', w')
     "cam": cam, "gradcam": gradcam, "gradcam++": gradcam_plus, "hirescam": hirescam, "ablation": ablation, "scorecam": scorecam, "alone": alone,
     "occlusion": occlusion, "integrated": integrated, "slope": slope,
 }
@@ -279,7 +279,7 @@ def _asked(model, target, labels: Iterable[str] | None) -> Callable:
     return named(target, known, _network(model).output_shape[-1])
 
 def _positive(raw, shape: tuple[int, int]) -> np.ndarray:
-    "What speaks for the target, at the film's size, each map with its largest value at 1; nothing stays nothing."
+    "What speaks for the target, at the image's size, each map with its largest value at 1; nothing stays nothing."
     large = tf.image.resize(tf.nn.relu(tf.cast(raw, tf.float32))[..., None], shape)[..., 0].numpy()
     top = large.max((1, 2), keepdims=True)
     return np.divide(large, top, out=np.zeros_like(large), where=top > 0)
@@ -295,7 +295,7 @@ def maps(
     labels: Iterable[str] | None = None, # names of the outputs in their order; default: as the run or the bundle says
     **options, # for the method: `patch` of occlusion, `steps` of integrated gradients
 ) -> np.ndarray: # (n, h, w) float32 in [0, 1], largest value 1; all zero where nothing speaks for the target
-    "Where the evidence lies, for many films at once."
+    "Where the evidence lies, for many images at once."
     if isinstance(method, str) and method not in METHODS:
         raise CourseError(f"there is no method {method!r}", None, f"choose one of {', '.join(METHODS)}")
     target, model = _asked(model, target, labels), _network(model)
@@ -307,17 +307,17 @@ def maps(
 def silent(
     heat: np.ndarray, # (n, h, w) from `maps`
 ) -> np.ndarray: # (n,) bool
-    "Which maps are empty: nothing on that film speaks for the target."
+    "Which maps are empty: nothing on that image speaks for the target."
     return heat.max((1, 2)) == 0
 
 # %% ../nbs/18_gradcam.ipynb #df00231a
 def overlay(
     film: np.ndarray, # (h, w) in [0, 1]
     heat: np.ndarray, # (h, w) in [0, 1]
-    strength: float = .65, # how far the strongest place covers the film
+    strength: float = .65, # how far the strongest place covers the image
     colours: str = "viridis", # a matplotlib map that colour-blind readers can read
 ) -> np.ndarray: # (h, w, 3) in [0, 1]
-    "A film in grey under colour that is the denser the stronger the map; where the map is zero the film is untouched."
+    "An image in grey under colour that is the denser the stronger the map; where the map is zero the image is untouched."
     import matplotlib
     cover = strength * heat[..., None]
     return ((1 - cover) * film[..., None] + cover * matplotlib.colormaps[colours](heat)[..., :3]).astype(np.float32)
@@ -325,12 +325,12 @@ def overlay(
 # %% ../nbs/18_gradcam.ipynb #3aaf031a
 def show(
     films: Iterable[np.ndarray], # (h, w) in [0, 1]
-    heat: Iterable[np.ndarray | None], # (h, w) in [0, 1]; None: the bare film
+    heat: Iterable[np.ndarray | None], # (h, w) in [0, 1]; None: the bare image
     titles: Iterable[str] | None = None, # one line above each
-    cols: int = 4, # pictures in a row
+    cols: int = 4, # images in a row
     height: float = 2.2, # inches a row
     masks: Iterable[np.ndarray | None] | None = None, # (h, w) bool, the truth as an outline
-    strength: float = .65, # how far the strongest place covers the film
+    strength: float = .65, # how far the strongest place covers the image
     colours: str = "viridis", # a matplotlib map
 ) -> Sheet: # shows itself
     "Overlays side by side with one scale; an empty map says so."
@@ -379,7 +379,7 @@ def controls(
 def score(
     heat: Mapping[str, np.ndarray], # name: (n, h, w) maps
     masks: np.ndarray, # (n, h, w) bool, where the finding truly is
-    patients: Iterable, # (n,) one key a film
+    patients: Iterable, # (n,) one key an image
     tolerance: int = 0, # pixels, for the pointing game
     times: int = 1000, # imagined studies for the intervals
 ) -> pd.DataFrame: # index the names; pointing, energy, each with _low and _high; silent: share of empty maps
@@ -396,7 +396,7 @@ def score(
 # %% ../nbs/18_gradcam.ipynb #d0543570
 def plot_score(
     scores: pd.DataFrame, # from `score`
-    area: float, # mean share of the film that the finding covers
+    area: float, # mean share of the image that the finding covers
 ): # a matplotlib Figure
     "Every method and every control with its interval; the line is what pointing blindly gives."
     import matplotlib.pyplot as plt
@@ -410,13 +410,13 @@ def plot_score(
 
 # %% ../nbs/18_gradcam.ipynb #9cd65f35
 def box_masks(
-    frame: pd.DataFrame, # films: `path`, `height`, `width`
+    frame: pd.DataFrame, # images: `path`, `height`, `width`
     boxes: pd.DataFrame, # from `data.boxes`
     finding: str, # whose boxes
     shape: tuple[int, int], # (h, w) of the maps
-    drawn_on: tuple[int, int] | None = None, # (h, w) of the films the boxes were drawn on; default: the frame's own sizes
-) -> np.ndarray: # (n, h, w) bool, all False where the film has no box
-    "Boxes as masks that fit the maps: cropped and shrunk exactly as the film was."
+    drawn_on: tuple[int, int] | None = None, # (h, w) of the images the boxes were drawn on; default: the frame's own sizes
+) -> np.ndarray: # (n, h, w) bool, all False where the image has no box
+    "Boxes as masks that fit the maps: cropped and shrunk exactly as the image was."
     rows = boxes[boxes["finding"] == finding]
     groups = dict(tuple(rows.groupby("name"))) if len(rows) else {}
     def one(path, height, width):
@@ -431,9 +431,9 @@ def curves(
     films: np.ndarray, # (n, h, w) in [0, 1]
     heat: np.ndarray, # (n, h, w) maps: which pixels go first
     target: str | Callable, # a class or a finding, or a function of logits, gives (n,); usually `probability(...)`
-    instead: np.ndarray | None = None, # (h, w) or (n, h, w) what shows where a pixel is gone; default: the film itself, blurred
+    instead: np.ndarray | None = None, # (h, w) or (n, h, w) what shows where a pixel is gone; default: the image itself, blurred
     steps: int = 16, # equal portions of the pixels
-    batch: int = 64, # films at a time
+    batch: int = 64, # images at a time
 ) -> tuple[np.ndarray, np.ndarray]: # deletion and insertion, each (n, steps + 1): the target after each portion
     "Take the most important pixels away first and watch the target fall; bring them back first and watch it rise."
     target, model = _asked(model, target, None), _network(model)
@@ -500,9 +500,9 @@ def cascade(
 # %% ../nbs/18_gradcam.ipynb #65ea84b5
 def agreement(
     a: np.ndarray, # (n, h, w) maps
-    b: np.ndarray, # (n, h, w) other maps of the same films
+    b: np.ndarray, # (n, h, w) other maps of the same images
 ) -> np.ndarray: # (n,) between -1 and 1; 0 where one of the two maps is empty
-    "Rank correlation of two maps, film by film: do they order the places of the film alike?"
+    "Rank correlation of two maps, image by image: do they order the places of the image alike?"
     ranks = [rankdata(m.reshape(len(m), -1), axis=1) for m in (a, b)]
     a, b = (r - r.mean(1, keepdims=True) for r in ranks)
     size = np.sqrt((a ** 2).sum(1) * (b ** 2).sum(1))
@@ -526,8 +526,8 @@ def sanity(
 
 # %% ../nbs/18_gradcam.ipynb #777e35a8
 def captions(
-    predictions: pd.DataFrame, # of one label a film, from `training.predict`; the truth may be missing
-) -> list[str]: # one line a film
+    predictions: pd.DataFrame, # of one label an image, from `training.predict`; the truth may be missing
+) -> list[str]: # one line an image
     "System C's titles: prediction, its probability, and the truth."
     said = evaluation.decide(predictions)
     p = [predictions[f"p_{c}"].iloc[i] for i, c in enumerate(said)]
@@ -539,8 +539,8 @@ def by_class(
     film: np.ndarray, # (h, w)
     labels: Iterable[str], # classes or findings, in the model's order
     method: str | Callable = "alone", # as in `maps`; system A's own by default
-) -> Sheet: # the film, then one map a class
-    "System A's figure: one map for each class over the same film."
+) -> Sheet: # the image, then one map a class
+    "System A's figure: one map for each class over the same image."
     labels = list(labels)
     heat = [maps(model, film, named(c, labels, model.output_shape[-1]), method)[0] for c in labels]
     return show([film] * (len(labels) + 1), [None, *heat], ["film", *(f"for {c}" for c in labels)], len(labels) + 1)
@@ -549,11 +549,11 @@ def by_class(
 def panel(
     model, # a model of several findings
     films: np.ndarray, # (n, h, w)
-    predictions: pd.DataFrame, # of all films that judge, with truth and p_<finding>
+    predictions: pd.DataFrame, # of all images that judge, with truth and p_<finding>
     k: int = 4, # how many findings
     method: str | Callable = "gradcam", # as in `maps`
-    rows: Iterable[int] | None = None, # which rows of `predictions` the films are, for titles with probability and truth
-) -> Sheet: # one row a film: the film, then the findings with the highest AUC
+    rows: Iterable[int] | None = None, # which rows of `predictions` the images are, for titles with probability and truth
+) -> Sheet: # one row an image: the image, then the findings with the highest AUC
     "System B's panel."
     names = Task.of(predictions).names
     aucs = pd.Series({c: evaluation.auc(*q) for c, q in evaluation.questions(predictions).items()}).dropna().sort_values(ascending=False).head(k)
@@ -569,14 +569,14 @@ def panel(
 def explain_files(
     model, # a model that keeps the contract
     labels: Iterable[str], # classes or findings, in the model's order
-    paths: Iterable[str | Path], # picture files
+    paths: Iterable[str | Path], # image files
     finding: str | None = None, # a class or a finding; default: the model's own answer, file by file
     method: str = "gradcam", # a name in METHODS
     against: str | None = None, # hold it against this class
     findings: bool = False, # whether the labels are findings, each with a probability of its own
     batch: int = 8, # files at a time
-) -> Iterator[dict]: # path, film (h, w) as the network saw it but at full size, heat (h, w), finding, probability
-    "Where a model looks on any picture files, one after the other."
+) -> Iterator[dict]: # path, image (h, w) as the network saw it but at full size, heat (h, w), finding, probability
+    "Where a model looks on any image files, one after the other."
     labels, paths = list(labels), list(paths)
     shape, outputs = model.input_shape[1:3], model.output_shape[-1]
     if finding is not None: named(finding, labels, outputs, against)                 # an unknown name is refused before any work
@@ -598,7 +598,7 @@ def save_overlay(
     out: str | Path, # a .png that is not there yet
     method: str = "gradcam", # for the title
 ) -> Path: # the file
-    "The film and its overlay side by side, as a PNG with a scale and a title."
+    "The image and its overlay side by side, as a PNG with a scale and a title."
     film, heat = (images.resize(a, tuple(max(1, round(n * min(1, 900 / max(a.shape)))) for n in a.shape)) for a in (found["film"], found["heat"]))
     said = f"{found['finding']}, score {found['probability']:.2f}" + (": nothing speaks for it" if not heat.any() else "")
     sheet = show([film, film], [None, np.clip(heat, 0, 1)], [Path(found["path"]).name, f"{said} ({method})"], cols=2, height=4)
@@ -608,10 +608,10 @@ def save_overlay(
 # %% ../nbs/18_gradcam.ipynb #f425df0a
 def save_overlays(
     found: Iterable[Mapping], # what `explain_files` yields
-    out: str | Path, # not there yet: a .png for one picture, or a folder for any number
+    out: str | Path, # not there yet: a .png for one image, or a folder for any number
     method: str = "gradcam", # for the titles
-) -> pd.DataFrame: # picture, overlay, finding, probability, empty; a folder gets it as overlays.csv
-    "An overlay for each picture, and a table of them."
+) -> pd.DataFrame: # image, overlay, finding, probability, empty; a folder gets it as overlays.csv
+    "An overlay for each image, and a table of them."
     rows, taken, out = [], set(), Path(out)
     row = lambda e, file: dict(picture=e["path"], overlay=str(file), finding=e["finding"], probability=e["probability"], empty=not e["heat"].any())
     if out.suffix.lower() == ".png":
@@ -622,7 +622,7 @@ def save_overlays(
         part.mkdir()
         for e in found:
             stem = Path(e["path"]).name.split(".")[0] or "film"
-            name = next(n for i in itertools.count(1) if (n := stem if i == 1 else f"{stem}-{i}") not in taken)        # two folders may hold pictures of one name
+            name = next(n for i in itertools.count(1) if (n := stem if i == 1 else f"{stem}-{i}") not in taken)        # two folders may hold images of one name
             taken.add(name)
             save_overlay(e, part / f"{name}.png", method)
             rows.append(row(e, out / f"{name}.png"))

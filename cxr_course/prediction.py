@@ -27,9 +27,9 @@ __all__ = ['PURPOSE', 'LIMITS', 'Bundle', 'load_bundle', 'expand', 'predict', 'e
 # %% ../nbs/20_prediction.ipynb #2847c6cc
 @dataclass(frozen=True)
 class Bundle:
-    "A model with everything it needs to look at a picture file."
+    "A model with everything it needs to look at an image file."
     folder: Path # the run folder it came from
-    model: object # a Keras model: films (n, h, w, 1) in [0, 1] to logits
+    model: object # a Keras model: images (n, h, w, 1) in [0, 1] to logits
     card: dict # the run's card.json
 
     @property
@@ -95,9 +95,9 @@ def predict(
     bundle: Bundle, # from `load_bundle`
     paths: str | Path | Iterable[str | Path], # files, folders, patterns
     skip_bad: bool = False, # go on without files that cannot be read; they are listed in `.attrs["bad"]`
-    batch: int = 64, # films at once
+    batch: int = 64, # images at once
 ) -> pd.DataFrame: # a predictions frame of unknown truth, with `meta_answer` and `meta_unlike`
-    "What the model makes of any picture files."
+    "What the model makes of any image files."
     files, rows, films, bad, p = expand(paths), [], [], [], []
     for i, path in enumerate(core.progress(files, "predicting"), 1):
         try:
@@ -117,7 +117,7 @@ def predict(
 
 # %% ../nbs/20_prediction.ipynb #458a6e0e
 def _look(bundle: Bundle, films: np.ndarray, rows: list[dict]) -> pd.DataFrame:
-    "Probabilities of a batch (n, h, w) uint8, and what is unusual about each film."
+    "Probabilities of a batch (n, h, w) uint8, and what is unusual about each image."
     x = films * np.float32(1 / 255)
     out = pd.DataFrame(bundle(x), columns=[f"p_{c}" for c in bundle.classes])
     seen = bundle.card.get("seen")
@@ -233,7 +233,7 @@ def _history(c: Mapping) -> Rows:
     return [("date", c["date"]), ("seed", str(how["seed"])), ("epochs", epochs), ("data", f"fingerprint {c['data']['hash'][:16]}"), versions]
 
 def _counted(patients: int, without_patient: int, images: int | None = None, films: int | None = None, **truth: int) -> str:
-    "How many images a split has, of whom; older cards called them films."
+    "How many images a split has, of whom; older cards called them images."
     n, who = images if images is not None else films, f"{patients:,} patients"
     if without_patient:
         who += f", examinations or single images; {without_patient:,} images have no known patient"

@@ -31,7 +31,7 @@ def fresh(
     sets: Mapping[str, pd.DataFrame], # name of a set -> its predictions
     threshold: float = .5, # yes from here upwards
 ) -> pd.DataFrame: # one row a set and question: set, of, tp, fp, tn, fn, accuracy, precision, recall, auc
-    "The eight figures of every set, computed from nothing but its own films."
+    "The eight figures of every set, computed from nothing but its own images."
     return pd.DataFrame([dict(set=name, of=of, **evaluation.eight(y, s, threshold)) for name, p in sets.items() for of, (y, s) in evaluation.questions(p).items()])
 
 # %% ../nbs/19_shift.ipynb #93998bf9
@@ -43,7 +43,7 @@ def trial(
     seeds: Iterable[int] = (0, 1), # each trains a network of its own
     spec: str | cnn.Spec = "separable", # the network
     **options, # for `training.fit`
-) -> pd.DataFrame: # one row a film, place and seed: arm, seed, place, path, key (of the patient), truth, score, cut
+) -> pd.DataFrame: # one row an image, place and seed: arm, seed, place, path, key (of the patient), truth, score, cut
     "Train in one place, read in many."
     task, parts = Task.of(store.frame), []
     if task.findings:
@@ -126,9 +126,9 @@ def plot_bars(
 
 # %% ../nbs/19_shift.ipynb #d9a45442
 def lungs(
-    store: pipelines.Store, # films
-) -> pipelines.Store: # their lung masks, film by film: 0 and 255, as `take` gives them
-    "The lung masks of a store's films, from the column `meta_lungs` or the folder `lung masks` beside `images`."
+    store: pipelines.Store, # images
+) -> pipelines.Store: # their lung masks, image by image: 0 and 255, as `take` gives them
+    "The lung masks of a store's images, from the column `meta_lungs` or the folder `lung masks` beside `images`."
     def beside(path): return str(Path(path).parent.parent / "lung masks" / Path(path).name) if Path(path).parent.name == "images" else None
     known = store.frame["meta_lungs"] if "meta_lungs" in store.frame else pd.Series(None, store.frame.index, object)
     named = known.where(known.notna(), store.frame["path"].map(beside))
@@ -151,7 +151,7 @@ def frame_of(
     shape: tuple[int, int], # (h, w)
     share: float, # how much of each side belongs to the frame
 ) -> np.ndarray: # (h, w) bool, True in the frame
-    "The outermost strips of a film."
+    "The outermost strips of an image."
     h, w = shape
     outer = np.ones(shape, bool)
     outer[round(share * h):h - round(share * h), round(share * w):w - round(share * w)] = False
@@ -175,7 +175,7 @@ def marker_erased(films: np.ndarray, masks: np.ndarray | None = None) -> np.ndar
 
 # %% ../nbs/19_shift.ipynb #37f70465
 def cropped(films: np.ndarray, masks: np.ndarray | None = None) -> np.ndarray:
-    "The middle of each film, enlarged: a fifth is cut off above, a sixth at each side, a tenth below."
+    "The middle of each image, enlarged: a fifth is cut off above, a sixth at each side, a tenth below."
     h, w = films.shape[1:]
     inner = films[:, h // 5:h - h // 10, w // 6:w - w // 6]
     return np.stack([np.round(images.resize(f / np.float32(255), (h, w)) * 255).astype(np.uint8) for f in inner])
@@ -186,10 +186,10 @@ VIEWS = {"lungs only": (lungs_only, True), "lungs blacked out": (lungs_black, Tr
 
 # %% ../nbs/19_shift.ipynb #f061e603
 class Altered(pipelines.Store):
-    "A store whose films are changed as they are taken."
+    "A store whose images are changed as they are taken."
     def __init__(self,
-        store: pipelines.Store, # the films as they are
-        change: Callable, # (films (n, h, w) uint8, masks (n, h, w) bool or None) -> films
+        store: pipelines.Store, # the images as they are
+        change: Callable, # (images (n, h, w) uint8, masks (n, h, w) bool or None) -> images
         masks: pipelines.Store | None = None, # from `lungs`
     ):
         super().__init__(store.folder, store.frame)
@@ -197,7 +197,7 @@ class Altered(pipelines.Store):
         self.change, self.masks, self.whole = change, masks, store
 
     def take(self, rows: np.ndarray | slice = slice(None)) -> np.ndarray:
-        "Changed pictures of these rows, (n, h, w) uint8."
+        "Changed images of these rows, (n, h, w) uint8."
         return self.change(self.whole.take(rows), None if self.masks is None else self.masks.take(rows) > 127)
 
     def using(self, frame: pd.DataFrame) -> Altered:
@@ -210,7 +210,7 @@ class Altered(pipelines.Store):
 
 # %% ../nbs/19_shift.ipynb #99096cb3
 def alter(
-    store: pipelines.Store, # films
+    store: pipelines.Store, # images
     view: str, # one of VIEWS
 ) -> Altered:
     "The same store through one of the views."
@@ -220,11 +220,11 @@ def alter(
 
 # %% ../nbs/19_shift.ipynb #02bc41ce
 def balanced(
-    frame: pd.DataFrame, # films with splits
+    frame: pd.DataFrame, # images with splits
     by: str, # the column that must say nothing about the label: a letter, `source`, `view`
     seed: int = 0, # another seed, other draws
-) -> pd.DataFrame: # as many training films, some several times, each class equally often in each group; other splits untouched
-    "Draw training films so that a column no longer predicts the label."
+) -> pd.DataFrame: # as many training images, some several times, each class equally often in each group; other splits untouched
+    "Draw training images so that a column no longer predicts the label."
     train, rest = frame[frame["split"] == "train"], frame[frame["split"] != "train"]
     cells = pd.crosstab(train[by], train["label"])
     if len(cells) < 2: raise CourseError(f"the column {by!r} has one value only", str(list(cells.index)), "there is nothing to balance")
@@ -238,8 +238,8 @@ def balanced(
 
 # %% ../nbs/19_shift.ipynb #0688c49d
 def ask_source(
-    frame: pd.DataFrame, # films of at least two sources
-) -> pd.DataFrame: # the same films; the label is the source
+    frame: pd.DataFrame, # images of at least two sources
+) -> pd.DataFrame: # the same images; the label is the source
     "Turn the question round: which hospital is this?"
     known = frame[frame["source"].notna()].drop(columns=Task.of(frame).columns)
     if known["source"].nunique() < 2:
@@ -249,11 +249,11 @@ def ask_source(
 
 # %% ../nbs/19_shift.ipynb #cf2669f6
 def leave_out(
-    frame: pd.DataFrame, # films of at least two sources
+    frame: pd.DataFrame, # images of at least two sources
     source: str, # the one to be judged by
     fraction: float = .15, # share of the rest for validation
     seed: int = 0, # another seed, another validation set
-) -> pd.DataFrame: # test: films of the source (its test films, if it has any); train and val: films of the other sources outside their tests, cut anew by patient
+) -> pd.DataFrame: # test: images of the source (its test images, if it has any); train and val: images of the other sources outside their tests, cut anew by patient
     "A split in which one source has taught nothing."
     if source not in (known := sorted(frame["source"].dropna().unique())): raise CourseError(f"there is no source {source!r}", "column `source`", f"known are {', '.join(map(str, known)) or 'none'}")
     if len(known) < 2: raise CourseError("there is only one source", source, "leaving it out would leave nothing to learn from")
@@ -275,7 +275,7 @@ class Test(NamedTuple):
     shuffled: np.ndarray
 
 def _units(old: Iterable, new: Iterable) -> tuple[np.ndarray, int, int]:
-    "Averages by patient as a matrix (patients, films), old patients first; how many are old, how many new."
+    "Averages by patient as a matrix (patients, images), old patients first; how many are old, how many new."
     codes, who = pd.factorize(np.r_[[f"old:{k}" for k in old], [f"new:{k}" for k in new]])
     n = len(set(old))
     if min(n, len(who) - n) < 4:
@@ -303,7 +303,7 @@ def mmd(
     times: int = 999, # shuffles
     seed: int = 0, # same seed, same shuffles
 ) -> Test: # value 0: the same; p by shuffling patients
-    "Maximum mean discrepancy of two clouds of films, each patient counted once."
+    "Maximum mean discrepancy of two clouds of images, each patient counted once."
     (mean, n, m), x = _units(old_keys, new_keys), np.vstack([old, new]).astype(float)
     x = (x - x.mean(axis=0)) / np.where(x.std(axis=0) > 1e-9, x.std(axis=0), 1)
     square = (x ** 2).sum(axis=1)
@@ -333,7 +333,7 @@ def told_apart(
     new: Embedding, # what arrived
     seed: int = 0, # of the folds
 ) -> evaluation.Estimate: # AUC: .5 nobody can tell, 1 everybody can; interval by patient
-    "How well a simple classifier tells new films from old ones, for patients it has not seen."
+    "How well a simple classifier tells new images from old ones, for patients it has not seen."
     from scipy.stats import rankdata
     x, y = np.vstack([old.features, new.features]), np.r_[np.zeros(len(old.keys)), np.ones(len(new.keys))]
     who = np.r_[[f"old:{k}" for k in old.keys], [f"new:{k}" for k in new.keys]]
@@ -358,8 +358,8 @@ def _classifier():
 def stranger(
     old: Embedding, # what is known
     new: Embedding, # what arrived
-) -> np.ndarray: # (m,) how far each new film is from its five nearest old ones, in typical distances between neighbours of the old
-    "How unlike anything known each new film is."
+) -> np.ndarray: # (m,) how far each new image is from its five nearest old ones, in typical distances between neighbours of the old
+    "How unlike anything known each new image is."
     mean, spread = old.features.mean(axis=0), old.features.std(axis=0)
     a, b = ((v.features - mean) / np.where(spread > 1e-9, spread, 1) for v in (old, new))
     near = lambda u, skip: np.sort(np.sqrt(np.maximum((u ** 2).sum(1)[:, None] + (a ** 2).sum(1) - 2 * u @ a.T, 0)), axis=1)[:, skip:5 + skip].mean(axis=1)
@@ -370,12 +370,12 @@ _CAPTION = "difference, what 95 of 100 shuffles stay below, and p-value (correct
 
 @dataclass(frozen=True)
 class Verdict:
-    "Whether new films look to a network like those it was checked with, and why."
+    "Whether new images look to a network like those it was checked with, and why."
     old: Embedding
     new: Embedding
     tests: dict[str, Test] # by what was compared
     apart: evaluation.Estimate # AUC of telling old and new apart
-    strange: np.ndarray # (films,) from `stranger`
+    strange: np.ndarray # (images,) from `stranger`
     level: float # share of false alarms
     name: str # whose eyes these are
     labels: tuple # of the columns of probabilities
