@@ -13,7 +13,8 @@ import keras
 from .core import CourseError
 
 # %% auto #0
-__all__ = ['check_weight_file', 'load_any_model', 'load_weights_into', 'activation_of', 'last_activation']
+__all__ = ['check_weight_file', 'load_any_model', 'load_weights_into', 'activation_of', 'last_activation', 'check_classifier',
+           'shape_text', 'image_size']
 
 # %% ../nbs/weights.ipynb #461d189d
 _PAGES = (b"<!doctype", b"<html", b"<?xml", b"<head")
@@ -106,3 +107,42 @@ def last_activation(
     "The activation of the last layer, looked up inside nested models too."
     steps = getattr(model, "operations", None) or getattr(model, "layers", None)
     return last_activation(steps[-1]) if steps else activation_of(model)
+
+# %% ../nbs/weights.ipynb #3cc6105a
+def check_classifier(
+    model, # a Keras model
+) -> None:
+    "One image in, one row of numbers out."
+    for what, tensors in (("inputs", model.inputs), ("outputs", model.outputs)):
+        if len(tensors) != 1:
+            raise CourseError(f"the model has {len(tensors)} {what}, and the course works with one", model.name,
+                              "make a model of one image and one answer: keras.Model(image, answer)")
+    taken, given = model.inputs[0].shape, model.outputs[0].shape
+    if len(taken) != 4:
+        raise CourseError(f"the model takes no images but arrays of shape {shape_text(taken)}", model.name,
+                          "an image is (height, width, channels)")
+    if taken[-1] is None or taken[-1] > 4:
+        raise CourseError(f"the model takes {taken[-1]} channels", model.name, "1 or 3 are images; channels must come last")
+    if len(given) != 2:
+        raise CourseError(f"the model gives no row of numbers for an image but {shape_text(given)}", model.name,
+                          "wrap a classifier; a map for each image is another task")
+
+def shape_text(
+    shape: tuple, # of a tensor, with the number of images in front
+) -> str:
+    "A shape in words, without the number of images."
+    return " x ".join("any" if n is None else str(n) for n in shape[1:])
+
+def image_size(
+    model, # a Keras model of images
+    shape: tuple[int, int] | None = None, # (h, w) asked for; default: as the model says
+) -> tuple[int, int]:
+    "Height and width of the images."
+    own = tuple(model.inputs[0].shape[1:3])
+    if shape is None and None in own:
+        raise CourseError("the model takes images of any size", model.name, "say which: shape=(h, w)")
+    shape = own if shape is None else tuple(map(int, shape))
+    if any(o is not None and o != s for o, s in zip(own, shape)):
+        raise CourseError(f"the model takes images of {shape_text((None, *own))}, not {shape_text((None, *shape))}", model.name,
+                          "leave shape out, or build it for the other size")
+    return shape

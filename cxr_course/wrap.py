@@ -73,38 +73,7 @@ def _built(model, shape, channels):
                           "rebuild it as a functional or Sequential model and load its weights")
     return model
 
-# %% ../nbs/wrap.ipynb #48597a75
-def _refuse_unusual(model) -> None:
-    "One image in, one row of numbers out."
-    for what, tensors in (("inputs", model.inputs), ("outputs", model.outputs)):
-        if len(tensors) != 1:
-            raise CourseError(f"the model has {len(tensors)} {what}, and the course works with one", model.name,
-                              "make a model of one image and one answer: keras.Model(image, answer)")
-    taken, given = model.inputs[0].shape, model.outputs[0].shape
-    if len(taken) != 4:
-        raise CourseError(f"the model takes no images but arrays of shape {_text(taken)}", model.name,
-                          "an image is (height, width, channels)")
-    if taken[-1] is None or taken[-1] > 4:
-        raise CourseError(f"the model takes {taken[-1]} channels", model.name, "1 or 3 are images; channels must come last")
-    if len(given) != 2:
-        raise CourseError(f"the model gives no row of numbers for an image but {_text(given)}", model.name,
-                          "wrap a classifier; a map for each image is another task")
-
-def _text(shape) -> str:
-    return " x ".join("any" if n is None else str(n) for n in shape[1:])
-
-def _size(model, shape) -> tuple[int, int]:
-    "Height and width of the images."
-    own = tuple(model.inputs[0].shape[1:3])
-    if shape is None and None in own:
-        raise CourseError("the model takes images of any size", model.name, "say which: shape=(h, w)")
-    shape = own if shape is None else tuple(map(int, shape))
-    if any(o is not None and o != s for o, s in zip(own, shape)):
-        raise CourseError(f"the model takes images of {_text((None, *own))}, not {_text((None, *shape))}", model.name,
-                          "leave shape out, or build it for the other size")
-    return shape
-
-# %% ../nbs/wrap.ipynb #9bcfe47b
+# %% ../nbs/wrap.ipynb #cf65c639
 class _Call(NamedTuple):
     layer: object # a layer or an operation
     args: tuple # what it was called with
@@ -146,7 +115,7 @@ def _renamed(layer, args, kwargs, calls: list):
     new.set_weights(layer.get_weights())
     return calls[-1].output
 
-# %% ../nbs/wrap.ipynb #f79cb641
+# %% ../nbs/wrap.ipynb #460f4509
 _PASSES_ON = ("Flatten", "Reshape", "Dropout", "Identity")   # layers that leave the numbers as they are
 
 def _producer(calls: list, tensor) -> _Call:
@@ -189,7 +158,6 @@ def _refuse_constant(kind: str, z) -> None:
     if kind == "softmax" and z.shape[-1] == 1:
         raise CourseError("a softmax with one unit always gives 1", None, "the model was built wrongly: it needs a sigmoid, or two units")
 
-# %% ../nbs/wrap.ipynb #e91c807d
 def _log_odds(original, output):
     "Logits of probabilities that come out of something unknown; whether they add up to 1 is tried on noise."
     keep = lambda p: keras.ops.clip(p, 1e-7, 1 - 1e-7)
@@ -201,7 +169,7 @@ def _log_odds(original, output):
         return keras.ops.log(keep(output))
     return keras.ops.log(keep(output)) - keras.ops.log(1 - keep(output))
 
-# %% ../nbs/wrap.ipynb #2066df51
+# %% ../nbs/wrap.ipynb #95c35b8c
 _NO_MAPS = ("Pooling", "Dropout", "UpSampling", "ZeroPadding", "Cropping", "Reshape", "Permute")
 
 def _maps(calls: list) -> list[_Call]:
@@ -236,35 +204,6 @@ def _cut(image, calls: list, z, layer: str | None):
     raise CourseError("the network cannot be cut here: something after this layer also comes from before it",
                       layer or "any layer", "choose a layer where all paths meet, for instance the one that adds or joins them")
 
-# %% ../nbs/wrap.ipynb #1156548d
-def wrap(
-    model, # a Keras model, or the path of a .keras or .h5 file
-    *,
-    weights: str | Path | None = None, # a file of weights for this model: .keras, .weights.h5 or .h5
-    layer: str | None = None, # the layer to explain; default: the last feature maps before pooling
-    preprocessing: str | Callable = "unit", # what the network wants: a name in `PREPROCESSING`, or a Keras layer
-    channels: int | None = None, # channels of its input; default: as the model says
-    labels: Iterable[str] | None = None, # classes or findings in its order; their number is checked
-    logits: bool | None = None, # True: the output is logits; False: probabilities; default: the last layer tells
-    shape: tuple[int, int] | None = None, # (h, w) of the images; default: as the model says
-) -> keras.Model: # from (n, h, w, 1) in [0, 1] to logits (n, k), made of `features` and `head`
-    "A network from elsewhere as one of the course's own; it shares its weights with the original."
-    original = _built(_opened(model, weights), shape, channels)
-    _refuse_unusual(original)
-    wants = original.inputs[0].shape[-1]
-    if channels is not None and channels != wants:
-        raise CourseError(f"the model takes {wants} channels, not {channels}", original.name, "leave channels out")
-    image, calls = keras.Input((*_size(original, shape), 1), name="image"), []
-    output = _unrolled(original, _prepared(image, wants, preprocessing), calls)
-    z = _logits(original, calls, output, logits)
-    _refuse_labels(z.shape[-1], labels)
-    features, head, at = _cut(image, calls, z, layer)
-    wrapped = keras.Sequential([keras.Input(image.shape[1:]), features, head], name=original.name)
-    _refuse_unsaveable(wrapped)
-    print(f"explains the layer {at.layer.name!r}: {_text(at.output.shape)}; {z.shape[-1]} logit{'s' * (z.shape[-1] > 1)}")
-    return wrapped
-
-# %% ../nbs/wrap.ipynb #4e0bb5e8
 def _logits(original, calls: list, output, said: bool | None):
     if said is None:
         return _as_logits(calls, output)
@@ -284,3 +223,31 @@ def _refuse_unsaveable(model) -> None:
     except (ValueError, TypeError, AttributeError, KeyError) as e:
         raise CourseError("the model needs code that does not travel in a file", str(e).splitlines()[0][:200],
                           "replace what is written by hand by ordinary Keras layers and activations") from e
+
+# %% ../nbs/wrap.ipynb #baae735b
+def wrap(
+    model, # a Keras model, or the path of a .keras or .h5 file
+    *,
+    weights: str | Path | None = None, # a file of weights for this model: .keras, .weights.h5 or .h5
+    layer: str | None = None, # the layer to explain; default: the last feature maps before pooling
+    preprocessing: str | Callable = "unit", # what the network wants: a name in `PREPROCESSING`, or a Keras layer
+    channels: int | None = None, # channels of its input; default: as the model says
+    labels: Iterable[str] | None = None, # classes or findings in its order; their number is checked
+    logits: bool | None = None, # True: the output is logits; False: probabilities; default: the last layer tells
+    shape: tuple[int, int] | None = None, # (h, w) of the images; default: as the model says
+) -> keras.Model: # from (n, h, w, 1) in [0, 1] to logits (n, k), made of `features` and `head`
+    "A network from elsewhere as one of the course's own; it shares its weights with the original."
+    original = _built(_opened(model, weights), shape, channels)
+    files.check_classifier(original)
+    wants = original.inputs[0].shape[-1]
+    if channels is not None and channels != wants:
+        raise CourseError(f"the model takes {wants} channels, not {channels}", original.name, "leave channels out")
+    image, calls = keras.Input((*files.image_size(original, shape), 1), name="image"), []
+    output = _unrolled(original, _prepared(image, wants, preprocessing), calls)
+    z = _logits(original, calls, output, logits)
+    _refuse_labels(z.shape[-1], labels)
+    features, head, at = _cut(image, calls, z, layer)
+    wrapped = keras.Sequential([keras.Input(image.shape[1:]), features, head], name=original.name)
+    _refuse_unsaveable(wrapped)
+    print(f"explains the layer {at.layer.name!r}: {files.shape_text(at.output.shape)}; {z.shape[-1]} logit{'s' * (z.shape[-1] > 1)}")
+    return wrapped
