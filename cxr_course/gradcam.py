@@ -17,14 +17,14 @@ from scipy import ndimage
 from scipy.stats import rankdata
 
 from . import cnn, core, evaluation, images
-from .core import CourseError, PALETTE, Sheet, rng
+from .core import CourseError, PALETTE, Sheet, Task, rng
 
 # %% auto #0
 __all__ = ['METHODS', 'logit', 'opposite', 'versus', 'probability', 'answer', 'named', 'evidence', 'cam', 'gradcam',
-           'gradcam_plus', 'hirescam', 'ablation', 'alone', 'scorecam', 'occlusion', 'slope', 'integrated', 'maps',
-           'silent', 'overlay', 'show', 'pointing', 'energy', 'controls', 'score', 'plot_score', 'box_masks',
-           'guided_relu', 'guided', 'cascade', 'agreement', 'sanity', 'curves', 'captions', 'by_class', 'panel',
-           'explain_files', 'save_overlay', 'save_overlays']
+           'gradcam_plus', 'hirescam', 'ablation', 'alone', 'scorecam', 'occlusion', 'slope', 'integrated',
+           'model_input', 'maps', 'silent', 'overlay', 'show', 'pointing', 'energy', 'controls', 'score', 'plot_score',
+           'box_masks', 'curves', 'guided_relu', 'guided', 'cascade', 'agreement', 'sanity', 'captions', 'by_class',
+           'panel', 'explain_files', 'save_overlay', 'save_overlays']
 
 # %% ../nbs/18_gradcam.ipynb #1bd676cd
 def logit(
@@ -60,7 +60,7 @@ def probability(
 def answer(
     z, # (n, k) logits
 ): # (n,) the logit of what the model says itself
-    "The model's own answer, film by film: the largest logit, or a single one in the direction it points to."
+    "The model's own answer, image by image: the largest logit, or a single one in the direction it points to."
     return tf.abs(z[:, 0]) if z.shape[-1] == 1 else tf.reduce_max(z, axis=-1)
 
 # %% ../nbs/18_gradcam.ipynb #133cfec4
@@ -72,15 +72,19 @@ def named(
 ) -> Callable: # of logits (n, k), gives (n,)
     "The target that belongs to a name."
     labels = list(labels)
+    if len(labels) != max(outputs, 2) and not len(labels) == outputs == 1:
+        raise CourseError(f"the model has {outputs} outputs for {len(labels)} names", ", ".join(labels),
+                          "name each output once, in the model's order; of two classes with one output both")
     for n in (name, against):
-        if n is not None and n not in labels: raise CourseError(f"the model knows no {n!r}", None, f"it knows {', '.join(labels)}")
+        if n is not None and n not in labels:
+            raise CourseError(f"the model knows no {n!r}", None, f"it knows {', '.join(labels)}")
     if outputs == 1: return logit() if name == labels[-1] else opposite(logit())
     return logit(labels.index(name)) if against is None else versus(labels.index(name), labels.index(against))
 
 # %% ../nbs/18_gradcam.ipynb #4195df6d
 def evidence(
     model, # a model that keeps the contract
-    x: np.ndarray, # (n, h, w, 1) films
+    x: np.ndarray, # (n, h, w, 1) images
     target: Callable, # of logits, gives (n,)
 ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]: # the last maps A (n, h', w', f), the gradient of the target by A, the target (n,)
     "Look once, decide once, and play the decision backwards, for a whole batch."
@@ -89,19 +93,31 @@ def evidence(
         tape.watch(a)
         t = target(cnn.head(model)(a, training=False))
     g = tape.gradient(t, a)
-    if g is None or t.shape != a.shape[:1]: raise CourseError("a target gives one number a film, made from the logits", f"got shape {tuple(t.shape)} for {len(a)} films", "for instance logit(1), or lambda z: z[:, 1] - z[:, 0]")
+    if g is None or t.shape != a.shape[:1]:
+        raise CourseError("a target gives one number a film, made from the logits",
+                          f"got shape {tuple(t.shape)} for {len(a)} films", "for instance logit(1), or lambda z: z[:, 1] - z[:, 0]")
     return a, g, t
 
 # %% ../nbs/18_gradcam.ipynb #e2c1f14b
+def _mean_and_dense(model):
+    "The dense layer of a head that is the mean of each map and this layer."
+    part = cnn.head(model)
+    steps = getattr(part, "operations", None) or part.layers
+    plain = [s for s in steps if not isinstance(s, (keras.layers.InputLayer, keras.layers.Dropout))]
+    kinds = (keras.layers.GlobalAveragePooling2D, keras.layers.Dense)
+    fits = len(plain) == 2 and all(map(isinstance, plain, kinds)) and plain[1].activation is keras.activations.linear
+    if not fits:
+        raise CourseError("CAM needs a head of a mean and one dense layer", model.name, "use 'gradcam', which takes any head")
+    return plain[1]
+
+# %% ../nbs/18_gradcam.ipynb #6df47cc6
 def cam(
     model, # its head: mean of each map, then one dense layer
     x: np.ndarray, # (n, h, w, 1)
     target: Callable, # of logits, gives (n,)
 ) -> tf.Tensor: # (n, h', w')
     "Class activation map: the weights of the last layer, applied before the mean instead of after it."
-    first, *more, last = cnn.head(model).layers
-    if not isinstance(first, keras.layers.GlobalAveragePooling2D) or not isinstance(last, keras.layers.Dense) or any(not isinstance(m, keras.layers.Dropout) for m in more):
-        raise CourseError("CAM needs a head of a mean and one dense layer", model.name, "use 'gradcam', which takes any head")
+    last = _mean_and_dense(model)
     a = cnn.features(model)(x, training=False)
     with tf.GradientTape() as tape:
         tape.watch(mean := tf.reduce_mean(a, (1, 2)))
@@ -170,7 +186,7 @@ def scorecam(
     x: np.ndarray, # (n, h, w, 1)
     target: Callable, # of logits, gives (n,)
 ) -> tf.Tensor: # (n, h', w')
-    "Score-CAM: each map, enlarged, masks the film; its weight is what the model says to that film."
+    "Score-CAM: each map, enlarged, masks the image; its weight is what the model says to that image."
     a = cnn.features(model)(x, training=False)
     low, high = (f(a, (1, 2), keepdims=True) for f in (tf.reduce_min, tf.reduce_max))
     masks = tf.image.resize(tf.math.divide_no_nan(a - low, high - low), x.shape[1:3])
@@ -204,7 +220,7 @@ def slope(
     x: np.ndarray, # (n, h, w, 1)
     target: Callable, # of logits, gives (n,)
 ) -> tf.Tensor: # (n, h, w)
-    "How the target changes with each pixel: the gradient on the film."
+    "How the target changes with each pixel: the gradient on the image."
     x = tf.convert_to_tensor(x)
     with tf.GradientTape() as tape:
         tape.watch(x)
@@ -216,66 +232,92 @@ def integrated(
     model, # any model that gives logits
     x: np.ndarray, # (n, h, w, 1)
     target: Callable, # of logits, gives (n,)
-    steps: int = 32, # films between black and this one
-) -> tf.Tensor: # (n, h, w) signed: adds up to the target's change from a black film to this one
-    "Integrated gradients: the slope, averaged on the way from a black film to this one, times the film."
+    steps: int = 32, # images between black and this one
+) -> tf.Tensor: # (n, h, w) signed: adds up to the target's change from a black image to this one
+    "Integrated gradients: the slope, averaged on the way from a black image to this one, times the image."
     x = tf.convert_to_tensor(x)
     return x[..., 0] * sum(slope(model, x * ((i + .5) / steps), target) for i in range(steps)) / steps
 
 # %% ../nbs/18_gradcam.ipynb #3703b941
-METHODS = {   # name: function of (model, films, target) that gives signed maps (n, h', w')
+METHODS = {   # name: function of (model, images, target) that gives signed maps (n, h', w')
     "cam": cam, "gradcam": gradcam, "gradcam++": gradcam_plus, "hirescam": hirescam, "ablation": ablation, "scorecam": scorecam, "alone": alone,
     "occlusion": occlusion, "integrated": integrated, "slope": slope,
 }
 
 # %% ../nbs/18_gradcam.ipynb #12dcfbc2
-def _films(model, films: np.ndarray) -> np.ndarray:
-    "Films as (n, h, w, 1) float32, or an error that says what does not fit."
+def model_input(
+    model, # a Keras model that takes images (h, w, 1)
+    films: np.ndarray, # (n, h, w), (n, h, w, 1) or (h, w) in [0, 1], or uint8
+) -> np.ndarray: # (n, h, w, 1) float32
+    "Images as the model takes them, or an error that says what does not fit."
     x = np.asarray(films)
     x = x.astype(np.float32) / 255 if x.dtype == np.uint8 else x.astype(np.float32)
     x = x[None, ..., None] if x.ndim == 2 else x[..., None] if x.ndim == 3 else x
     want = tuple(model.input_shape[1:])
     if x.ndim != 4 or any(w is not None and w != s for w, s in zip(want, x.shape[1:])):
-        raise CourseError(f"the model takes films of {' x '.join(map(str, want))}, and got an array of shape {np.shape(films)}", model.name, "give (n, h, w) at the model's size: `images.fit` brings a film there")
-    if not np.isfinite(x).all(): raise CourseError("a film has values that are no numbers", None, "look at the film: `data.check` finds such files")
+        raise CourseError(f"the model takes images of {' x '.join(map(str, want))}, and got an array of shape {np.shape(films)}",
+                          model.name, "give (n, h, w) at the model's size: `images.fit` brings an image there")
+    if not np.isfinite(x).all():
+        raise CourseError("an image has values that are no numbers", None, "look at the image: `data.check` finds such files")
     return x
 
+# %% ../nbs/18_gradcam.ipynb #5476ba47
+def _network(model):
+    "The Keras model of a run or a bundle, or the model itself."
+    return model.model if hasattr(model, "card") else model
+
+def _asked(model, target, labels: Iterable[str] | None) -> Callable:
+    "The target as a function of logits: as it is, by its name, or the model's own answer."
+    if target is None or callable(target):
+        return target or answer
+    known = labels if labels is not None else getattr(model, "card", {}).get("labels")
+    if not isinstance(target, str):
+        raise CourseError(f"a target is a name or a function of logits, not {target!r}", None, "for instance 'Effusion' or logit(1)")
+    if known is None:
+        raise CourseError(f"the network does not know which of its outputs is {target!r}", _network(model).name,
+                          "say labels=[...] in the order of its outputs, or give the run or the bundle in its place")
+    return named(target, known, _network(model).output_shape[-1])
+
 def _positive(raw, shape: tuple[int, int]) -> np.ndarray:
-    "What speaks for the target, at the film's size, each map with its largest value at 1; nothing stays nothing."
+    "What speaks for the target, at the image's size, each map with its largest value at 1; nothing stays nothing."
     large = tf.image.resize(tf.nn.relu(tf.cast(raw, tf.float32))[..., None], shape)[..., 0].numpy()
     top = large.max((1, 2), keepdims=True)
     return np.divide(large, top, out=np.zeros_like(large), where=top > 0)
 
 # %% ../nbs/18_gradcam.ipynb #cd39c7e1
 def maps(
-    model, # a model that keeps the contract
+    model, # a model that keeps the contract, a run, or a bundle
     films: np.ndarray, # (n, h, w) or (h, w) in [0, 1], or uint8
-    target: Callable | None = None, # of logits (n, k), gives (n,); default: the model's own answer
+    target: str | Callable | None = None, # a class or a finding, or a function of logits (n, k) that gives (n,); default: the model's own answer
     method: str | Callable = "gradcam", # a name in METHODS, or a function like those
-    batch: int = 32, # films at a time
+    batch: int = 32, # images at a time
+    *,
+    labels: Iterable[str] | None = None, # names of the outputs in their order; default: as the run or the bundle says
     **options, # for the method: `patch` of occlusion, `steps` of integrated gradients
 ) -> np.ndarray: # (n, h, w) float32 in [0, 1], largest value 1; all zero where nothing speaks for the target
-    "Where the evidence lies, for many films at once."
-    if isinstance(method, str) and method not in METHODS: raise CourseError(f"there is no method {method!r}", None, f"choose one of {', '.join(METHODS)}")
-    x, explain = _films(model, films), METHODS[method] if isinstance(method, str) else method
-    parts = [explain(model, x[i:i + batch], target or answer, **options) for i in range(0, len(x), batch)]
+    "Where the evidence lies, for many images at once."
+    if isinstance(method, str) and method not in METHODS:
+        raise CourseError(f"there is no method {method!r}", None, f"choose one of {', '.join(METHODS)}")
+    target, model = _asked(model, target, labels), _network(model)
+    x, explain = model_input(model, films), METHODS[method] if isinstance(method, str) else method
+    parts = [explain(model, x[i:i + batch], target, **options) for i in range(0, len(x), batch)]
     return np.concatenate([_positive(p, x.shape[1:3]) for p in parts])
 
 # %% ../nbs/18_gradcam.ipynb #b2a16f38
 def silent(
     heat: np.ndarray, # (n, h, w) from `maps`
 ) -> np.ndarray: # (n,) bool
-    "Which maps are empty: nothing on that film speaks for the target."
+    "Which maps are empty: nothing on that image speaks for the target."
     return heat.max((1, 2)) == 0
 
 # %% ../nbs/18_gradcam.ipynb #df00231a
 def overlay(
     film: np.ndarray, # (h, w) in [0, 1]
     heat: np.ndarray, # (h, w) in [0, 1]
-    strength: float = .65, # how far the strongest place covers the film
+    strength: float = .65, # how far the strongest place covers the image
     colours: str = "viridis", # a matplotlib map that colour-blind readers can read
 ) -> np.ndarray: # (h, w, 3) in [0, 1]
-    "A film in grey under colour that is the denser the stronger the map; where the map is zero the film is untouched."
+    "An image in grey under colour that is the denser the stronger the map; where the map is zero the image is untouched."
     import matplotlib
     cover = strength * heat[..., None]
     return ((1 - cover) * film[..., None] + cover * matplotlib.colormaps[colours](heat)[..., :3]).astype(np.float32)
@@ -283,12 +325,12 @@ def overlay(
 # %% ../nbs/18_gradcam.ipynb #3aaf031a
 def show(
     films: Iterable[np.ndarray], # (h, w) in [0, 1]
-    heat: Iterable[np.ndarray | None], # (h, w) in [0, 1]; None: the bare film
+    heat: Iterable[np.ndarray | None], # (h, w) in [0, 1]; None: the bare image
     titles: Iterable[str] | None = None, # one line above each
-    cols: int = 4, # pictures in a row
+    cols: int = 4, # images in a row
     height: float = 2.2, # inches a row
     masks: Iterable[np.ndarray | None] | None = None, # (h, w) bool, the truth as an outline
-    strength: float = .65, # how far the strongest place covers the film
+    strength: float = .65, # how far the strongest place covers the image
     colours: str = "viridis", # a matplotlib map
 ) -> Sheet: # shows itself
     "Overlays side by side with one scale; an empty map says so."
@@ -337,7 +379,7 @@ def controls(
 def score(
     heat: Mapping[str, np.ndarray], # name: (n, h, w) maps
     masks: np.ndarray, # (n, h, w) bool, where the finding truly is
-    patients: Iterable, # (n,) one key a film
+    patients: Iterable, # (n,) one key an image
     tolerance: int = 0, # pixels, for the pointing game
     times: int = 1000, # imagined studies for the intervals
 ) -> pd.DataFrame: # index the names; pointing, energy, each with _low and _high; silent: share of empty maps
@@ -354,7 +396,7 @@ def score(
 # %% ../nbs/18_gradcam.ipynb #d0543570
 def plot_score(
     scores: pd.DataFrame, # from `score`
-    area: float, # mean share of the film that the finding covers
+    area: float, # mean share of the image that the finding covers
 ): # a matplotlib Figure
     "Every method and every control with its interval; the line is what pointing blindly gives."
     import matplotlib.pyplot as plt
@@ -368,13 +410,13 @@ def plot_score(
 
 # %% ../nbs/18_gradcam.ipynb #9cd65f35
 def box_masks(
-    frame: pd.DataFrame, # films: `path`, `height`, `width`
+    frame: pd.DataFrame, # images: `path`, `height`, `width`
     boxes: pd.DataFrame, # from `data.boxes`
     finding: str, # whose boxes
     shape: tuple[int, int], # (h, w) of the maps
-    drawn_on: tuple[int, int] | None = None, # (h, w) of the films the boxes were drawn on; default: the frame's own sizes
-) -> np.ndarray: # (n, h, w) bool, all False where the film has no box
-    "Boxes as masks that fit the maps: cropped and shrunk exactly as the film was."
+    drawn_on: tuple[int, int] | None = None, # (h, w) of the images the boxes were drawn on; default: the frame's own sizes
+) -> np.ndarray: # (n, h, w) bool, all False where the image has no box
+    "Boxes as masks that fit the maps: cropped and shrunk exactly as the image was."
     rows = boxes[boxes["finding"] == finding]
     groups = dict(tuple(rows.groupby("name"))) if len(rows) else {}
     def one(path, height, width):
@@ -382,6 +424,27 @@ def box_masks(
         for b in groups[Path(path).name].itertuples() if Path(path).name in groups else (): full[int(b.y):int(np.ceil(b.y + b.height)), int(b.x):int(np.ceil(b.x + b.width))] = True
         return images.fit(full, shape)
     return np.stack([one(*r) for r in frame[["path", "height", "width"]].itertuples(index=False)])
+
+# %% ../nbs/18_gradcam.ipynb #bd600981
+def curves(
+    model, # a model that gives logits, a run, or a bundle
+    films: np.ndarray, # (n, h, w) in [0, 1]
+    heat: np.ndarray, # (n, h, w) maps: which pixels go first
+    target: str | Callable, # a class or a finding, or a function of logits, gives (n,); usually `probability(...)`
+    instead: np.ndarray | None = None, # (h, w) or (n, h, w) what shows where a pixel is gone; default: the image itself, blurred
+    steps: int = 16, # equal portions of the pixels
+    batch: int = 64, # images at a time
+) -> tuple[np.ndarray, np.ndarray]: # deletion and insertion, each (n, steps + 1): the target after each portion
+    "Take the most important pixels away first and watch the target fall; bring them back first and watch it rise."
+    target, model = _asked(model, target, None), _network(model)
+    sharp = model_input(model, films)
+    gone = np.stack([ndimage.gaussian_filter(f[..., 0], f.shape[0] / 8)[..., None] for f in sharp]) if instead is None else np.broadcast_to(instead, films.shape)[..., None]
+    ties = np.stack([rng(i, "gradcam.curves").random(h.shape) for i, h in enumerate(heat)])
+    order = np.lexsort((ties.reshape(len(ties), -1), -heat.reshape(len(heat), -1)), axis=1)
+    place = np.argsort(order, axis=1).reshape(*heat.shape, 1) / order.shape[1]          # 0: most important
+    def after(first, then, share): return np.concatenate([target(model(np.where(place[i:i + batch] < share, then[i:i + batch], first[i:i + batch]), training=False)).numpy() for i in range(0, len(films), batch)])
+    shares = np.linspace(0, 1, steps + 1)
+    return tuple(np.stack([after(a, b, s) for s in shares], 1) for a, b in ((sharp, gone), (gone, sharp)))
 
 # %% ../nbs/18_gradcam.ipynb #1ae016dc
 @tf.custom_gradient
@@ -398,13 +461,18 @@ def _clone(model, layer: Callable):
     return twin
 
 def _same(layer):
+    if not isinstance(layer, keras.Layer):           # an operation such as `keras.ops.log`, which has no weights
+        return layer
     return keras.models.clone_model(layer, clone_function=_same) if isinstance(layer, keras.Model) else type(layer).from_config(layer.get_config())
 
 def _guided(layer):
-    if isinstance(layer, keras.Model): return keras.models.clone_model(layer, clone_function=_guided)
-    if isinstance(layer, keras.layers.ReLU): return keras.layers.Activation(guided_relu, name=layer.name)
+    if isinstance(layer, keras.Model):
+        return keras.models.clone_model(layer, clone_function=_guided)
+    if isinstance(layer, keras.layers.ReLU):
+        return keras.layers.Activation(guided_relu, name=layer.name)
     new = _same(layer)
-    if getattr(layer, "activation", None) is keras.activations.relu: new.activation = guided_relu
+    if getattr(layer, "activation", None) is keras.activations.relu:
+        new.activation = guided_relu
     return new
 
 # %% ../nbs/18_gradcam.ipynb #010eb79a
@@ -432,9 +500,9 @@ def cascade(
 # %% ../nbs/18_gradcam.ipynb #65ea84b5
 def agreement(
     a: np.ndarray, # (n, h, w) maps
-    b: np.ndarray, # (n, h, w) other maps of the same films
+    b: np.ndarray, # (n, h, w) other maps of the same images
 ) -> np.ndarray: # (n,) between -1 and 1; 0 where one of the two maps is empty
-    "Rank correlation of two maps, film by film: do they order the places of the film alike?"
+    "Rank correlation of two maps, image by image: do they order the places of the image alike?"
     ranks = [rankdata(m.reshape(len(m), -1), axis=1) for m in (a, b)]
     a, b = (r - r.mean(1, keepdims=True) for r in ranks)
     size = np.sqrt((a ** 2).sum(1) * (b ** 2).sum(1))
@@ -442,42 +510,24 @@ def agreement(
 
 # %% ../nbs/18_gradcam.ipynb #79563fa6
 def sanity(
-    model, # a trained model
+    model, # a trained model, a run, or a bundle
     films: np.ndarray, # (n, h, w)
-    target: Callable, # of logits, gives (n,)
+    target: str | Callable, # a class or a finding, or a function of logits that gives (n,)
     methods: Mapping[str, str | Callable], # name: what `maps` takes as method
     seed: int = 0, # of the shuffling
 ) -> pd.DataFrame: # index the layers from the logits down; a column a method: mean agreement with the map of the intact model
     "How much of each map survives when the model forgets, layer by layer."
+    target, model = _asked(model, target, None), _network(model)
     intact = {name: maps(model, films, target, m) for name, m in methods.items()}
     rows = {"none": dict.fromkeys(methods, 1.)}
-    for layer, twin in cascade(model, seed): rows[layer] = {name: float(agreement(intact[name], maps(twin, films, target, m)).mean()) for name, m in methods.items()}
+    for layer, twin in cascade(model, seed):
+        rows[layer] = {name: float(agreement(intact[name], maps(twin, films, target, m)).mean()) for name, m in methods.items()}
     return pd.DataFrame(rows).T.rename_axis(index="forgotten down to")
-
-# %% ../nbs/18_gradcam.ipynb #bd600981
-def curves(
-    model, # a model that gives logits
-    films: np.ndarray, # (n, h, w) in [0, 1]
-    heat: np.ndarray, # (n, h, w) maps: which pixels go first
-    target: Callable, # of logits, gives (n,); usually `probability(...)`
-    instead: np.ndarray | None = None, # (h, w) or (n, h, w) what shows where a pixel is gone; default: the film itself, blurred
-    steps: int = 16, # equal portions of the pixels
-    batch: int = 64, # films at a time
-) -> tuple[np.ndarray, np.ndarray]: # deletion and insertion, each (n, steps + 1): the target after each portion
-    "Take the most important pixels away first and watch the target fall; bring them back first and watch it rise."
-    sharp = _films(model, films)
-    gone = np.stack([ndimage.gaussian_filter(f[..., 0], f.shape[0] / 8)[..., None] for f in sharp]) if instead is None else np.broadcast_to(instead, films.shape)[..., None]
-    ties = np.stack([rng(i, "gradcam.curves").random(h.shape) for i, h in enumerate(heat)])
-    order = np.lexsort((ties.reshape(len(ties), -1), -heat.reshape(len(heat), -1)), axis=1)
-    place = np.argsort(order, axis=1).reshape(*heat.shape, 1) / order.shape[1]          # 0: most important
-    def after(first, then, share): return np.concatenate([target(model(np.where(place[i:i + batch] < share, then[i:i + batch], first[i:i + batch]), training=False)).numpy() for i in range(0, len(films), batch)])
-    shares = np.linspace(0, 1, steps + 1)
-    return tuple(np.stack([after(a, b, s) for s in shares], 1) for a, b in ((sharp, gone), (gone, sharp)))
 
 # %% ../nbs/18_gradcam.ipynb #777e35a8
 def captions(
-    predictions: pd.DataFrame, # of one label a film, from `training.predict`; the truth may be missing
-) -> list[str]: # one line a film
+    predictions: pd.DataFrame, # of one label an image, from `training.predict`; the truth may be missing
+) -> list[str]: # one line an image
     "System C's titles: prediction, its probability, and the truth."
     said = evaluation.decide(predictions)
     p = [predictions[f"p_{c}"].iloc[i] for i, c in enumerate(said)]
@@ -489,8 +539,8 @@ def by_class(
     film: np.ndarray, # (h, w)
     labels: Iterable[str], # classes or findings, in the model's order
     method: str | Callable = "alone", # as in `maps`; system A's own by default
-) -> Sheet: # the film, then one map a class
-    "System A's figure: one map for each class over the same film."
+) -> Sheet: # the image, then one map a class
+    "System A's figure: one map for each class over the same image."
     labels = list(labels)
     heat = [maps(model, film, named(c, labels, model.output_shape[-1]), method)[0] for c in labels]
     return show([film] * (len(labels) + 1), [None, *heat], ["film", *(f"for {c}" for c in labels)], len(labels) + 1)
@@ -499,13 +549,13 @@ def by_class(
 def panel(
     model, # a model of several findings
     films: np.ndarray, # (n, h, w)
-    predictions: pd.DataFrame, # of all films that judge, with truth and p_<finding>
+    predictions: pd.DataFrame, # of all images that judge, with truth and p_<finding>
     k: int = 4, # how many findings
     method: str | Callable = "gradcam", # as in `maps`
-    rows: Iterable[int] | None = None, # which rows of `predictions` the films are, for titles with probability and truth
-) -> Sheet: # one row a film: the film, then the findings with the highest AUC
+    rows: Iterable[int] | None = None, # which rows of `predictions` the images are, for titles with probability and truth
+) -> Sheet: # one row an image: the image, then the findings with the highest AUC
     "System B's panel."
-    names = core.classes(predictions)
+    names = Task.of(predictions).names
     aucs = pd.Series({c: evaluation.auc(*q) for c, q in evaluation.questions(predictions).items()}).dropna().sort_values(ascending=False).head(k)
     heat = {c: maps(model, films, logit(names.index(c)), method) for c in aucs.index}
     drawn, titles = [], []
@@ -519,14 +569,14 @@ def panel(
 def explain_files(
     model, # a model that keeps the contract
     labels: Iterable[str], # classes or findings, in the model's order
-    paths: Iterable[str | Path], # picture files
+    paths: Iterable[str | Path], # image files
     finding: str | None = None, # a class or a finding; default: the model's own answer, file by file
     method: str = "gradcam", # a name in METHODS
     against: str | None = None, # hold it against this class
     findings: bool = False, # whether the labels are findings, each with a probability of its own
     batch: int = 8, # files at a time
-) -> Iterator[dict]: # path, film (h, w) as the network saw it but at full size, heat (h, w), finding, probability
-    "Where a model looks on any picture files, one after the other."
+) -> Iterator[dict]: # path, image (h, w) as the network saw it but at full size, heat (h, w), finding, probability
+    "Where a model looks on any image files, one after the other."
     labels, paths = list(labels), list(paths)
     shape, outputs = model.input_shape[1:3], model.output_shape[-1]
     if finding is not None: named(finding, labels, outputs, against)                 # an unknown name is refused before any work
@@ -548,7 +598,7 @@ def save_overlay(
     out: str | Path, # a .png that is not there yet
     method: str = "gradcam", # for the title
 ) -> Path: # the file
-    "The film and its overlay side by side, as a PNG with a scale and a title."
+    "The image and its overlay side by side, as a PNG with a scale and a title."
     film, heat = (images.resize(a, tuple(max(1, round(n * min(1, 900 / max(a.shape)))) for n in a.shape)) for a in (found["film"], found["heat"]))
     said = f"{found['finding']}, score {found['probability']:.2f}" + (": nothing speaks for it" if not heat.any() else "")
     sheet = show([film, film], [None, np.clip(heat, 0, 1)], [Path(found["path"]).name, f"{said} ({method})"], cols=2, height=4)
@@ -558,10 +608,10 @@ def save_overlay(
 # %% ../nbs/18_gradcam.ipynb #f425df0a
 def save_overlays(
     found: Iterable[Mapping], # what `explain_files` yields
-    out: str | Path, # not there yet: a .png for one picture, or a folder for any number
+    out: str | Path, # not there yet: a .png for one image, or a folder for any number
     method: str = "gradcam", # for the titles
-) -> pd.DataFrame: # picture, overlay, finding, probability, empty; a folder gets it as overlays.csv
-    "An overlay for each picture, and a table of them."
+) -> pd.DataFrame: # image, overlay, finding, probability, empty; a folder gets it as overlays.csv
+    "An overlay for each image, and a table of them."
     rows, taken, out = [], set(), Path(out)
     row = lambda e, file: dict(picture=e["path"], overlay=str(file), finding=e["finding"], probability=e["probability"], empty=not e["heat"].any())
     if out.suffix.lower() == ".png":
@@ -572,7 +622,7 @@ def save_overlays(
         part.mkdir()
         for e in found:
             stem = Path(e["path"]).name.split(".")[0] or "film"
-            name = next(n for i in itertools.count(1) if (n := stem if i == 1 else f"{stem}-{i}") not in taken)        # two folders may hold pictures of one name
+            name = next(n for i in itertools.count(1) if (n := stem if i == 1 else f"{stem}-{i}") not in taken)        # two folders may hold images of one name
             taken.add(name)
             save_overlay(e, part / f"{name}.png", method)
             rows.append(row(e, out / f"{name}.png"))

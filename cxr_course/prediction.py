@@ -10,6 +10,8 @@ import html
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from datetime import datetime, timezone
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -17,111 +19,62 @@ import pandas as pd
 
 from . import cnn, core, data, evaluation, images, pipelines, training
 from .core import CourseError
+from .reference import image_stats, ood_reasons, reference_stats
 
 # %% auto #0
-__all__ = ['GRID', 'PURPOSE', 'LIMITS', 'traits', 'familiar', 'unlike', 'survey', 'finish', 'Bundle', 'load_bundle', 'expand',
-           'predict', 'explain', 'card']
-
-# %% ../nbs/20_prediction.ipynb #ac4daa4a
-GRID = 16   # fields a side, for the broad picture
-
-def _broad(films: np.ndarray) -> np.ndarray:
-    "Films (n, h, w) as (n, 16, 16) means of fields."
-    rows, cols = (np.linspace(0, size, min(GRID, size) + 1).astype(int) for size in films.shape[1:])
-    sums = np.add.reduceat(np.add.reduceat(films, rows[:-1], axis=1), cols[:-1], axis=2)
-    return sums / np.diff(rows)[:, None] / np.diff(cols)
-
-# %% ../nbs/20_prediction.ipynb #bd03df6e
-def traits(
-    films: np.ndarray, # (n, h, w) as the network gets them, values in [0, 1]
-    aspect: Iterable[float], # (n,) width / height of the original pictures
-    typical: np.ndarray, # (16, 16) the average training film, from `familiar`
-) -> pd.DataFrame: # one row a film: aspect, brightness, contrast, likeness
-    "Four plain measurements of a picture."
-    def standard(a): return (a - a.mean(-1, keepdims=True)) / (a.std(-1, keepdims=True) + 1e-6)
-    broad = _broad(films).reshape(len(films), -1)
-    return pd.DataFrame({"aspect": np.asarray(aspect, float), "brightness": films.mean((1, 2), dtype=float), "contrast": films.std((1, 2), dtype=float),
-                         "likeness": (standard(broad) * standard(np.asarray(typical, float).ravel())).mean(1)})
-
-# %% ../nbs/20_prediction.ipynb #85289f9b
-def _measured(store: pipelines.Store, rows: np.ndarray, typical: np.ndarray | None) -> tuple[pd.DataFrame, np.ndarray]:
-    "Traits of these films, and the average film (found first where none is given); in pieces, since a large set does not fit into memory."
-    parts = [rows[i:i + 512] for i in range(0, len(rows), 512)]
-    pixels = lambda part: store.take(part) / np.float32(255)
-    if typical is None: typical = sum(_broad(pixels(p)).sum(0) for p in parts) / len(rows)
-    aspect = (store.frame["width"] / store.frame["height"]).to_numpy(float, na_value=np.nan)
-    return pd.concat([traits(pixels(p), aspect[p], typical) for p in parts], ignore_index=True), typical
-
-# %% ../nbs/20_prediction.ipynb #1766e434
-def familiar(
-    store: pipelines.Store, # with films whose split is `train`
-) -> dict: # `films`, `typical` and `limits`: trait -> (from, to)
-    "What the training pictures of a store look like."
-    measured, typical = _measured(store, store.rows("train"), None)
-    low, high = measured.quantile(.005), measured.quantile(.995)
-    room = np.maximum((high - low) / 4, .02)
-    limits = {t: (round(float(low[t] - room[t]), 4), round(float(high[t] + room[t]), 4)) for t in measured if measured[t].notna().any()}
-    limits["likeness"] = (limits["likeness"][0], 1.)
-    return dict(films=len(measured), typical=typical.round(3).tolist(), limits=limits)
-
-# %% ../nbs/20_prediction.ipynb #9bc9c560
-def unlike(
-    measured: pd.DataFrame, # from `traits`
-    seen: Mapping, # from `familiar`
-) -> list[str]: # for each film, what is unusual about it; empty if nothing is
-    "In which respect a picture lies outside what the model was trained on."
-    def say(row): return "; ".join(f"{t} {row[t]:.2f}, in training {low:.2f} to {high:.2f}" for t, (low, high) in seen["limits"].items() if row[t] < low or row[t] > high)
-    return [say(row) for row in measured.to_dict("records")]
-
-# %% ../nbs/20_prediction.ipynb #31ac94c6
-def survey(
-    store: pipelines.Store, # any films
-    seen: Mapping, # from `familiar`
-    split: str | None = None, # only these; None: all
-) -> list[str]: # for each film, what is unusual about it; empty if nothing is
-    "In which respect each film of a store is unlike the training films."
-    return unlike(_measured(store, store.rows(split), np.asarray(seen["typical"]))[0], seen)
-
-# %% ../nbs/20_prediction.ipynb #2745f1b8
-def finish(
-    folder: str | Path, # a run folder
-    store: pipelines.Store, # the films it was trained on
-) -> None:
-    "Write on the card of a run what its training pictures look like, so that it can tell a stranger."
-    path = Path(folder, "card.json")
-    card = training.load_run(folder).card | {"seen": familiar(store)}
-    with core.atomic(path) as part: part.write_text(json.dumps(card, indent=1), encoding="utf8")
+__all__ = ['PURPOSE', 'LIMITS', 'Bundle', 'load_bundle', 'expand', 'predict', 'explain', 'card', 'bundle_of']
 
 # %% ../nbs/20_prediction.ipynb #2847c6cc
 @dataclass(frozen=True)
 class Bundle:
-    "A model with everything it needs to look at a picture file."
+    "A model with everything it needs to look at an image file."
     folder: Path # the run folder it came from
-    model: object # a Keras model: films (n, h, w, 1) in [0, 1] to logits
+    model: object # a Keras model: images (n, h, w, 1) in [0, 1] to logits
     card: dict # the run's card.json
 
     @property
-    def classes(self) -> list[str]: return list(self.card["labels"])
+    def classes(self) -> list[str]:
+        return list(self.card["labels"])
 
     @property
-    def findings(self) -> bool: return self.card["kind"] == "findings"
+    def findings(self) -> bool:
+        return self.card["kind"] == "findings"
 
     @property
-    def shape(self) -> tuple[int, int]: return tuple(self.card["preprocessing"]["shape"])
+    def shape(self) -> tuple[int, int]:
+        return tuple(self.card["preprocessing"]["shape"])
 
     @property
-    def threshold(self): return self.card["threshold"]                        # a number, one a finding, or None: the largest probability decides
+    def threshold(self): # a number, one a finding, or None: the largest probability decides
+        return self.card["threshold"]
 
-    def __call__(self, films: np.ndarray) -> np.ndarray:                      # (n, h, w) in [0, 1] -> (n, classes) probabilities
+    def __call__(self,
+        films: np.ndarray, # (n, h, w) in [0, 1]
+    ) -> np.ndarray: # (n, classes) probabilities
         return cnn.probabilities(np.asarray(self.model(films[..., None], training=False)), self.findings)
 
 # %% ../nbs/20_prediction.ipynb #2c660e23
 def load_bundle(
     folder: str | Path, # a run folder
 ) -> Bundle:
-    "Open a finished run for use."
+    "Open a finished run, or what `bundle_of` saved, for use."
+    folder = Path(folder)
+    if (folder / "card.json").is_file() and not (folder / "history.csv").exists():
+        card = _foreign_card(folder)
+        return Bundle(folder, training.load_model(folder / "model.keras"), card)
     run = training.load_run(folder)
-    return Bundle(Path(folder), run.model, run.card)
+    return Bundle(folder, run.model, run.card)
+
+# %% ../nbs/20_prediction.ipynb #044be7aa
+def _foreign_card(folder: Path) -> dict:
+    "The card of a model that was trained elsewhere."
+    try:
+        card = json.loads((folder / "card.json").read_text(encoding="utf-8"))
+    except (ValueError, OSError) as e:
+        raise CourseError(f"the card cannot be read ({e})", folder / "card.json", "copy the bundle again") from e
+    if not isinstance(card, dict) or card.get("format") != 2 or not card.get("elsewhere"):
+        raise CourseError("this is no finished run", folder, "it is neither complete nor made by bundle_of: copy the folder again")
+    return card
 
 # %% ../nbs/20_prediction.ipynb #01033c82
 def expand(
@@ -142,13 +95,15 @@ def predict(
     bundle: Bundle, # from `load_bundle`
     paths: str | Path | Iterable[str | Path], # files, folders, patterns
     skip_bad: bool = False, # go on without files that cannot be read; they are listed in `.attrs["bad"]`
-    batch: int = 64, # films at once
+    batch: int = 64, # images at once
 ) -> pd.DataFrame: # a predictions frame of unknown truth, with `meta_answer` and `meta_unlike`
-    "What the model makes of any picture files."
+    "What the model makes of any image files."
     files, rows, films, bad, p = expand(paths), [], [], [], []
     for i, path in enumerate(core.progress(files, "predicting"), 1):
-        try: film = images.read(path)
-        except CourseError as error: bad.append((path, error.what))
+        try:
+            film = images.read(path)
+        except CourseError as error:
+            bad.append((path, error.what))
         else:
             rows.append(dict(path=path, height=film.shape[0], width=film.shape[1]))
             films.append(np.round(images.fit(film, bundle.shape) * 255).astype(np.uint8))
@@ -162,21 +117,29 @@ def predict(
 
 # %% ../nbs/20_prediction.ipynb #458a6e0e
 def _look(bundle: Bundle, films: np.ndarray, rows: list[dict]) -> pd.DataFrame:
-    "Probabilities of a batch (n, h, w) uint8, and what is unusual about each film."
-    x = films / np.float32(255)
+    "Probabilities of a batch (n, h, w) uint8, and what is unusual about each image."
+    x = films * np.float32(1 / 255)
     out = pd.DataFrame(bundle(x), columns=[f"p_{c}" for c in bundle.classes])
     seen = bundle.card.get("seen")
-    return out.assign(meta_unlike=unlike(traits(x, [r["width"] / r["height"] for r in rows], seen["typical"]), seen) if seen else None)
+    if not seen:
+        return out.assign(meta_unlike=None)
+    return out.assign(meta_unlike=ood_reasons(image_stats(x, [r["width"] / r["height"] for r in rows], seen["typical"]), seen))
 
 def _answered(bundle: Bundle, rows: pd.DataFrame, bad: list) -> pd.DataFrame:
     "A frame of the contract: truth unknown, answer by the frozen threshold."
-    names, cut = bundle.classes, bundle.threshold
-    p = rows[[f"p_{c}" for c in names]].to_numpy()
-    if bundle.findings: answer = ["; ".join(c for c, one in zip(names, row) if cut[c] is not None and one >= cut[c]) or "none" for row in p]
-    else: answer = [names[int(row[1] >= cut)] if cut is not None else names[row.argmax()] for row in p]
-    out = core.frame(rows.assign(**({c: np.nan for c in names} if bundle.findings else {"label": None}), meta_answer=answer), None if bundle.findings else names)
+    names, truth = bundle.classes, bundle.classes if bundle.findings else ["label"]
+    answers = [_said(bundle, row) for row in rows[[f"p_{c}" for c in names]].to_numpy()]
+    rows = rows.assign(**dict.fromkeys(truth, np.nan if bundle.findings else None), meta_answer=answers)
+    out = core.frame(rows, None if bundle.findings else names, names if bundle.findings else None)
     out.attrs["bad"] = bad
     return out
+
+def _said(bundle: Bundle, p: np.ndarray) -> str:
+    "The answer that belongs to one row of probabilities."
+    names, cut = bundle.classes, bundle.threshold
+    if bundle.findings:
+        return "; ".join(c for c, one in zip(names, p) if cut[c] is not None and one >= cut[c]) or "none"
+    return names[p.argmax()] if cut is None else names[int(p[1] >= cut)]
 
 # %% ../nbs/20_prediction.ipynb #05382738
 def explain(
@@ -184,18 +147,26 @@ def explain(
     bundle: Bundle, # what predicted it
 ) -> str: # one sentence or two
     "One prediction in words, none of which is a diagnosis."
+    odd, why = "", row["meta_unlike"]
+    if isinstance(why, str) and why:
+        odd = f" Unlike the training images ({why}): treat the score with suspicion."
+    return f"{Path(row['path']).name}: {_scored(row, bundle)}.{odd}"
+
+# %% ../nbs/20_prediction.ipynb #b3bd37b0
+def _scored(row: Mapping, bundle: Bundle) -> str:
     cut, c = bundle.threshold, bundle.classes[-1]
-    if bundle.findings: said = "scores above their thresholds: " + row["meta_answer"]
-    elif cut is None: said = f"highest score {row['p_' + row['meta_answer']]:.2f} for {row['meta_answer']} among {len(bundle.classes)} classes"
-    else: said = f"score {min(max(row['p_' + c], .001), .999):.3f} for {c}, {'at or above' if row['p_' + c] >= cut else 'below'} the threshold {cut:.3f} chosen on validation films"
-    odd = f" Unlike the training films ({row['meta_unlike']}): treat the score with suspicion." if isinstance(row["meta_unlike"], str) and row["meta_unlike"] else ""
-    return f"{Path(row['path']).name}: {said}.{odd}"
+    if bundle.findings:
+        return "scores above their thresholds: " + row["meta_answer"]
+    if cut is None:
+        return f"highest score {row['p_' + row['meta_answer']]:.2f} for {row['meta_answer']} among {len(bundle.classes)} classes"
+    side = "at or above" if row["p_" + c] >= cut else "below"
+    return f"score {min(max(row['p_' + c], .001), .999):.3f} for {c}, {side} the threshold {cut:.3f} chosen on validation images"
 
 # %% ../nbs/20_prediction.ipynb #2eb8c5c3
-PURPOSE = "Teaching and research on chest radiographs. It scores films that resemble its training films."
+PURPOSE = "Teaching and research on chest radiographs. It scores images that resemble its training images."
 LIMITS = ("Not a medical device and not for diagnosis: it has never been tested in the care of patients.",
           "A high score is no proof of disease and a low score is no proof of health.",
-          "It knows only the classes listed here. Whatever else a film shows, it sees one of them.",
+          "It knows only the classes listed here. Whatever else an image shows, it sees one of them.",
           "Other hospitals, other ages and other machines may change every figure on this card; measure again before use.")
 
 def card(
@@ -203,32 +174,123 @@ def card(
     form: str = "markdown", # or 'html'
 ) -> str:
     "The model card, as text."
-    if form not in ("markdown", "html"): raise CourseError(f"unknown form {form!r}", None, "use 'markdown' or 'html'")
-    parts = _card_parts(bundle)
-    if form == "markdown":
-        return f"# Model card: {bundle.folder.name}\n" + "".join(f"\n## {title}\n\n" + "".join(f"- {k}: {v}\n" if k else f"- {v}\n" for k, v in rows) for title, rows in parts.items())
-    cell = lambda k, v: f"<li>{f'<b>{html.escape(k)}</b>: ' if k else ''}{html.escape(v)}</li>"
-    return f"<h3>Model card: {html.escape(bundle.folder.name)}</h3>" + "".join(f"<h4>{html.escape(t)}</h4><ul>{''.join(cell(*r) for r in rows)}</ul>" for t, rows in parts.items())
+    if form not in ("markdown", "html"):
+        raise CourseError(f"unknown form {form!r}", None, "use 'markdown' or 'html'")
+    title, parts = f"Model card: {bundle.folder.name}", _card_parts(bundle)
+    return _markdown(title, parts) if form == "markdown" else _html(title, parts)
+
+# %% ../nbs/20_prediction.ipynb #7f5911a6
+def _markdown(title: str, parts: dict) -> str:
+    def line(k, v):
+        return f"- {k}: {v}\n" if k else f"- {v}\n"
+    return f"# {title}\n" + "".join(f"\n## {t}\n\n" + "".join(line(*row) for row in rows) for t, rows in parts.items())
+
+def _html(title: str, parts: dict) -> str:
+    def item(k, v):
+        return f"<li>{f'<b>{html.escape(k)}</b>: ' if k else ''}{html.escape(v)}</li>"
+    body = "".join(f"<h4>{html.escape(t)}</h4><ul>{''.join(item(*row) for row in rows)}</ul>" for t, rows in parts.items())
+    return f"<h3>{html.escape(title)}</h3>{body}"
 
 # %% ../nbs/20_prediction.ipynb #c08a717f
-def _card_parts(bundle: Bundle) -> dict[str, list[tuple[str, str]]]:
-    c, parts = bundle.card, {"What it is for": [("", PURPOSE)], "What it is not for": [("", text) for text in LIMITS]}
-    model, how = c["model"], c["training"]
-    parts["What it is"] = [("network", f"{model['name']}, {model['parameters']:,} parameters"), ("answers", ", ".join(bundle.classes)),
-                           ("takes", f"one film of {bundle.shape[0]} x {bundle.shape[1]} pixels ({c['preprocessing']['fit']}; values {c['preprocessing']['values']})"), ("threshold", _cut(bundle))]
-    parts["What it learned from"] = [(split, _films(**counts)) for split, counts in c["data"]["splits"].items()]
-    parts["What its training films look like"] = [(t, f"{low:.2f} to {high:.2f}") for t, (low, high) in c.get("seen", {"limits": {}})["limits"].items()] or [("", "not recorded; it cannot tell a strange picture")]
-    for split, rows in c["metrics"].items():
-        parts[f"How good it is on its {split} films"] = [(f"{r['metric']} ({r['of']})", str(evaluation.Estimate(*(np.nan if r[k] is None else r[k] for k in ("value", "low", "high")), r["note"] or "")))
-                                                         for r in rows if r["metric"] in ("AUC", "sensitivity", "specificity", "accuracy")] + [("", f"intervals are 95 %, by patient where the patient is known; films without: {c['data']['splits'][split]['without_patient']}")]
-    parts["How it was made"] = [("date", c["date"]), ("seed", str(how["seed"])), ("epochs", f"{how['epochs_run']}, the best was {how['best_epoch']}" + (", stopped by hand" if c.get("interrupted") else "")),
-                                ("data", f"fingerprint {c['data']['hash'][:16]}"), ("versions", ", ".join(f"{k} {v}" for k, v in c["versions"].items() if v))]
+Rows = list[tuple[str, str]]   # of a card: what it is called, what it says
+
+def _card_parts(bundle: Bundle) -> dict[str, Rows]:
+    c = bundle.card
+    parts = {"What it is for": [("", PURPOSE)], "What it is not for": [("", text) for text in LIMITS], "What it is": _network(bundle)}
+    splits = c.get("data", {}).get("splits", {})
+    parts["What it learned from"] = [(split, _counted(**counts)) for split, counts in splits.items()] or [("", "not recorded here; ask who trained it")]
+    parts["What its training images look like"] = _looks(c.get("seen"))
+    for split, rows in c.get("metrics", {}).items():
+        parts[f"How good it is on its {split} images"] = [*_measured_rows(rows), _intervals(splits[split]["without_patient"])]
+    parts["How it was made"] = _history(c)
     return parts
 
-def _films(films: int, patients: int, without_patient: int, **truth: int) -> str:
-    who = f"{patients:,} patients" if not without_patient else f"{patients:,} patients, examinations or single films; {without_patient:,} films have no known patient"
-    return f"{films:,} films ({', '.join(f'{n:,} {c}' for c, n in truth.items())}) of {who}"
+def _network(bundle: Bundle) -> Rows:
+    model, made, (h, w) = bundle.card["model"], bundle.card["preprocessing"], bundle.shape
+    return [("network", f"{model['name']}, {model['parameters']:,} parameters"), ("answers", ", ".join(bundle.classes)),
+            ("takes", f"one image of {h} x {w} pixels ({made['fit']}; values {made['values']})"), ("threshold", _cut(bundle))]
+
+def _looks(seen: Mapping | None) -> Rows:
+    limits = (seen or {}).get("limits", {})
+    return [(k, f"{low:.2f} to {high:.2f}") for k, (low, high) in limits.items()] or [("", "not recorded; it cannot tell an unusual image")]
+
+def _measured_rows(rows: list[dict]) -> Rows:
+    def estimate(r):
+        return str(evaluation.Estimate(*(np.nan if r[k] is None else r[k] for k in ("value", "low", "high")), r["note"] or ""))
+    wanted = ("AUC", "sensitivity", "specificity", "accuracy")
+    return [(f"{r['metric']} ({r['of']})", estimate(r)) for r in rows if r["metric"] in wanted]
+
+def _intervals(without: int) -> tuple[str, str]:
+    return "", f"intervals are 95 %, by patient where the patient is known; images without: {without}"
+
+# %% ../nbs/20_prediction.ipynb #33bd77c6
+def _history(c: Mapping) -> Rows:
+    versions = ("versions", ", ".join(f"{k} {v}" for k, v in c["versions"].items() if v))
+    if c.get("elsewhere"):
+        return [("date of the bundle", c["date"]), ("trained", "elsewhere"), versions]
+    how = c["training"]
+    epochs = f"{how['epochs_run']}, the best was {how['best_epoch']}" + (", stopped by hand" if c.get("interrupted") else "")
+    return [("date", c["date"]), ("seed", str(how["seed"])), ("epochs", epochs), ("data", f"fingerprint {c['data']['hash'][:16]}"), versions]
+
+def _counted(patients: int, without_patient: int, images: int | None = None, films: int | None = None, **truth: int) -> str:
+    "How many images a split has, of whom; older cards called them images."
+    n, who = images if images is not None else films, f"{patients:,} patients"
+    if without_patient:
+        who += f", examinations or single images; {without_patient:,} images have no known patient"
+    return f"{n:,} images ({', '.join(f'{k:,} {c}' for c, k in truth.items())}) of {who}"
 
 def _cut(bundle: Bundle) -> str:
-    if bundle.threshold is None: return "none; the largest probability decides"
-    return (", ".join(f"{k} {v:.3f}" if v is not None else f"{k} none" for k, v in bundle.threshold.items()) if bundle.findings else f"{bundle.threshold:.3f}") + f" ({bundle.card['threshold_rule']})"
+    if bundle.threshold is None:
+        return "none; the largest probability decides"
+    said = f"{bundle.threshold:.3f}" if not bundle.findings else ", ".join(
+        f"{k} {v:.3f}" if v is not None else f"{k} none" for k, v in bundle.threshold.items())
+    return f"{said} ({bundle.card['threshold_rule']})"
+
+# %% ../nbs/20_prediction.ipynb #970d7990
+def bundle_of(
+    model, # a model that keeps the contract, for instance from `wrap`
+    labels: Iterable[str], # classes in order (the class looked for last) or findings, as its outputs
+    folder: str | Path, # where the bundle goes; never overwritten
+    *,
+    findings: bool = False, # whether the labels are findings, each with a probability of its own
+    threshold: float | Mapping[str, float] | None = None, # of two classes a number, of findings one for each; None: the largest probability, or .5 for two classes and findings
+    seen: pipelines.Store | None = None, # images it was trained on, in split `train`
+    fit: str = "crop to aspect, then resize", # how images were brought to its size, in words
+) -> Bundle: # also saved: `load_bundle` opens it
+    "A bundle of a model from elsewhere."
+    labels, (_, h, w, channels), outputs = list(labels), model.input_shape, model.output_shape[-1]
+    if channels != 1 or None in (h, w):
+        raise CourseError("the model does not keep the course's contract", f"it takes {model.input_shape[1:]}", "put it behind the contract with wrap")
+    if len(labels) != outputs and not (outputs == 1 and len(labels) == 2 and not findings):
+        raise CourseError(f"the model has {outputs} outputs for {len(labels)} labels", ", ".join(labels), "name each output once, in the model's order")
+    card = _foreign(model, labels, findings=findings, threshold=threshold, fit=fit)
+    if seen is not None:
+        card["seen"] = reference_stats(seen)
+    with core.atomic(folder, overwrite=False) as part:
+        part.mkdir()
+        model.save(part / "model.keras")
+        (part / "card.json").write_text(json.dumps(card, indent=1), encoding="utf-8")
+    return load_bundle(folder)
+
+# %% ../nbs/20_prediction.ipynb #b0e56bc4
+def _foreign_threshold(labels: list[str], findings: bool, threshold):
+    "The threshold as cards keep it, and the rule it came from."
+    rule = "given by hand" if threshold is not None else "none was chosen: .5"
+    if findings:
+        given = threshold if isinstance(threshold, Mapping) else dict.fromkeys(labels, .5 if threshold is None else threshold)
+        return {c: given.get(c) for c in labels}, rule
+    if threshold is None:
+        return (.5, rule) if len(labels) == 2 else (None, "the largest probability")
+    if len(labels) != 2:
+        raise CourseError(f"a threshold for {len(labels)} classes", ", ".join(labels), "leave it out: the largest probability decides")
+    return float(threshold), rule
+
+# %% ../nbs/20_prediction.ipynb #c32fa458
+def _foreign(model, labels: list[str], *, findings: bool, threshold, fit: str) -> dict:
+    "The card of a model of which little is known."
+    cut, rule = _foreign_threshold(labels, findings, threshold)
+    return dict(format=2, elsewhere=True, date=datetime.now(timezone.utc).isoformat(timespec="seconds"), interrupted=False,
+                model=dict(name=model.name, spec=None, parameters=model.count_params(), outputs=model.output_shape[-1]),
+                labels=labels, kind="findings" if findings else "classes", threshold=cut, threshold_rule=rule,
+                preprocessing=dict(shape=list(model.input_shape[1:3]), fit=fit, values="0 to 1, bones white"),
+                metrics={}, versions=dict(keras=version("keras"), tensorflow=version("tensorflow")))

@@ -116,13 +116,14 @@ class Embedding(NamedTuple):
     def __repr__(self):
         return f"an embedding of {len(self.paths)} images of {len(set(self.keys))} patients"
 
-# %% ../nbs/reference.ipynb #e4f7efe8
+# %% ../nbs/reference.ipynb #09ab9ca3
 def embed(
     model, # a model that keeps the contract
     store: pipelines.Store, # images, with or without truth; their groups are decided
     split: str | None = None, # only these; None: all
     *,
     batch: int = 64, # images at once
+    findings: bool | None = None, # whether each output has a probability of its own; default: as the store's frame says
 ) -> Embedding:
     "What a network computes from images, and what it answers."
     rows = store.rows(split)
@@ -134,7 +135,8 @@ def embed(
         means.append(np.asarray(maps).reshape(len(maps), -1, maps.shape[-1]).mean(axis=1))
         logits.append(np.asarray(head(maps, training=False)))
     frame = store.frame.iloc[rows]
-    p = cnn.probabilities(np.concatenate(logits), Task.of(store.frame).findings)
+    findings = Task.of(store.frame).findings if findings is None else findings
+    p = cnn.probabilities(np.concatenate(logits), findings)
     return Embedding(np.concatenate(means), p, groups(frame).to_numpy(str), frame["path"].to_numpy(str))
 
 # %% ../nbs/reference.ipynb #146bc5c1

@@ -17,21 +17,21 @@ import numpy as np
 import pandas as pd
 from scipy import ndimage
 
-from . import cnn, core, data, evaluation, images, pipelines, splits, training
-from .core import PALETTE, CourseError, atomic, patients, rng
+from . import cnn, core, data, evaluation, images, page, pipelines, splits, training
+from .core import PALETTE, CourseError, Task, atomic, groups, regroup, rng
+from .reference import Embedding, embed, learned_from, load_reference
 
 # %% auto #0
-__all__ = ['VIEWS', 'fresh', 'trial', 'bars', 'lungs', 'lungs_only', 'lungs_black', 'frame_of', 'border_only', 'centre_black',
-           'marker_erased', 'cropped', 'Altered', 'alter', 'plot_bars', 'balanced', 'ask_source', 'leave_out', 'Look',
-           'look', 'Test', 'mmd', 'gap', 'reference', 'told_apart', 'stranger', 'Verdict', 'compare', 'arrived',
-           'monitor']
+__all__ = ['VIEWS', 'fresh', 'trial', 'bars', 'plot_bars', 'lungs', 'lungs_only', 'lungs_black', 'frame_of', 'border_only',
+           'centre_black', 'marker_erased', 'cropped', 'Altered', 'alter', 'balanced', 'ask_source', 'leave_out',
+           'Test', 'mmd', 'gap', 'told_apart', 'stranger', 'Verdict', 'compare', 'arrived', 'monitor']
 
 # %% ../nbs/19_shift.ipynb #535efea6
 def fresh(
     sets: Mapping[str, pd.DataFrame], # name of a set -> its predictions
     threshold: float = .5, # yes from here upwards
 ) -> pd.DataFrame: # one row a set and question: set, of, tp, fp, tn, fn, accuracy, precision, recall, auc
-    "The eight figures of every set, computed from nothing but its own films."
+    "The eight figures of every set, computed from nothing but its own images."
     return pd.DataFrame([dict(set=name, of=of, **evaluation.eight(y, s, threshold)) for name, p in sets.items() for of, (y, s) in evaluation.questions(p).items()])
 
 # %% ../nbs/19_shift.ipynb #93998bf9
@@ -42,20 +42,26 @@ def trial(
     folder: str | Path, # where the run folders go, one a seed
     seeds: Iterable[int] = (0, 1), # each trains a network of its own
     spec: str | cnn.Spec = "separable", # the network
-    unknown: str = "raise", # films without patient: 'raise' or 'picture'
     **options, # for `training.fit`
-) -> pd.DataFrame: # one row a film, place and seed: arm, seed, place, path, key (of the patient), truth, score, cut
+) -> pd.DataFrame: # one row an image, place and seed: arm, seed, place, path, key (of the patient), truth, score, cut
     "Train in one place, read in many."
-    names, parts = core.classes(store.frame), []
-    if "label" not in store.frame: raise CourseError("a trial asks about one disease", f"findings: {', '.join(names)}", "make a frame with a `label`: the first class healthy")
+    task, parts = Task.of(store.frame), []
+    if task.findings:
+        raise CourseError("a trial asks about one disease", f"findings: {', '.join(task.names)}",
+                          "make a frame with a `label`: the first class healthy")
     for seed in seeds:
-        model = cnn.build(spec, (*store.shape, 1), training._outputs(store.frame), seed)
-        run = training.fit(model, store, run=Path(folder, f"{arm}-{seed}".replace(" ", "-")), seed=seed, unknown=unknown, **options)
+        model = cnn.build(spec, (*store.shape, 1), task.outputs, seed)
+        run = training.fit(model, store, run=Path(folder, f"{arm}-{seed}".replace(" ", "-")), seed=seed, **options)
+        cut = run.threshold if len(task.names) == 2 else .5
         for place, there in places.items():
-            p = training.predict(model, there)
-            parts.append(pd.DataFrame(dict(arm=arm, seed=seed, place=place, path=p["path"], key=patients(p, unknown), truth=(p["label"] != names[0]).astype(float), score=1 - p[f"p_{names[0]}"],
-                                           cut=run.threshold if len(names) == 2 else .5)))
+            parts.append(_scored(training.predict(model, there), task, arm=arm, seed=seed, place=place, cut=cut))
     return pd.concat(parts, ignore_index=True)
+
+# %% ../nbs/19_shift.ipynb #090b95b0
+def _scored(p: pd.DataFrame, task: Task, **about) -> pd.DataFrame:
+    "Truth and score of disease, that is of anything but the first class."
+    healthy = task.names[0]
+    return pd.DataFrame(dict(path=p["path"], key=groups(p), truth=(p["label"] != healthy).astype(float), score=1 - p[f"p_{healthy}"], **about))
 
 # %% ../nbs/19_shift.ipynb #97ecec31
 def _drawn(t: pd.DataFrame, times: int) -> dict[int, np.ndarray]:
@@ -91,11 +97,38 @@ def bars(
             rows.append(dict(zip(("arm", "place", "value", "low", "high", "gain", "gain_low", "gain_high"), (arm, place, *_mean(mine, level), *gain))))
     return pd.DataFrame(rows)
 
+# %% ../nbs/19_shift.ipynb #550ea9d0
+def plot_bars(
+    rows: pd.DataFrame, # from `bars`
+    against: str | None = None, # the arm drawn as a band behind the others; default: the first
+): # a matplotlib Figure
+    "One row an arm, one colour a place: AUC with its interval; the pale band is the arm it is compared with."
+    arms, places = list(dict.fromkeys(rows["arm"])), list(dict.fromkeys(rows["place"]))
+    against = against or arms[0]
+    import matplotlib.pyplot as plt
+    fig, ax = plt.subplots(figsize=(7.4, .7 + .17 * (len(places) + 1.4) * len(arms)), layout="constrained")
+    for i, place in enumerate(places):
+        colour, there = PALETTE[i % len(PALETTE)], rows[rows["place"] == place].set_index("arm")
+        for arm, r in there.iterrows():
+            y = arms.index(arm) + .72 * ((i + .5) / len(places) - .5)
+            ax.hlines(y, r["low"], r["high"], color=colour, lw=2)
+            ax.plot(r["value"], y, "o", color=colour, ms=5, label=place if arm == there.index[0] else None)
+        if against in there.index and i == 0:
+            ax.axvspan(there.loc[against, "low"], there.loc[against, "high"], color=colour, alpha=.12, lw=0)
+    ax.axvline(.5, color="#555", lw=1, ls="--")
+    ax.set(yticks=range(len(arms)), yticklabels=arms, ylim=(len(arms) - .45, -.55), xlabel="AUC with 95 % interval over patients and seeds (dashed: guessing)")
+    ax.grid(axis="x", color="0.92")
+    ax.set_axisbelow(True)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.legend(frameon=False, ncols=len(places), loc="lower left", bbox_to_anchor=(0, 1), fontsize=8)
+    plt.close(fig)
+    return fig
+
 # %% ../nbs/19_shift.ipynb #d9a45442
 def lungs(
-    store: pipelines.Store, # films
-) -> pipelines.Store: # their lung masks, film by film: 0 and 255, as `take` gives them
-    "The lung masks of a store's films, from the column `meta_lungs` or the folder `lung masks` beside `images`."
+    store: pipelines.Store, # images
+) -> pipelines.Store: # their lung masks, image by image: 0 and 255, as `take` gives them
+    "The lung masks of a store's images, from the column `meta_lungs` or the folder `lung masks` beside `images`."
     def beside(path): return str(Path(path).parent.parent / "lung masks" / Path(path).name) if Path(path).parent.name == "images" else None
     known = store.frame["meta_lungs"] if "meta_lungs" in store.frame else pd.Series(None, store.frame.index, object)
     named = known.where(known.notna(), store.frame["path"].map(beside))
@@ -118,7 +151,7 @@ def frame_of(
     shape: tuple[int, int], # (h, w)
     share: float, # how much of each side belongs to the frame
 ) -> np.ndarray: # (h, w) bool, True in the frame
-    "The outermost strips of a film."
+    "The outermost strips of an image."
     h, w = shape
     outer = np.ones(shape, bool)
     outer[round(share * h):h - round(share * h), round(share * w):w - round(share * w)] = False
@@ -142,7 +175,7 @@ def marker_erased(films: np.ndarray, masks: np.ndarray | None = None) -> np.ndar
 
 # %% ../nbs/19_shift.ipynb #37f70465
 def cropped(films: np.ndarray, masks: np.ndarray | None = None) -> np.ndarray:
-    "The middle of each film, enlarged: a fifth is cut off above, a sixth at each side, a tenth below."
+    "The middle of each image, enlarged: a fifth is cut off above, a sixth at each side, a tenth below."
     h, w = films.shape[1:]
     inner = films[:, h // 5:h - h // 10, w // 6:w - w // 6]
     return np.stack([np.round(images.resize(f / np.float32(255), (h, w)) * 255).astype(np.uint8) for f in inner])
@@ -153,27 +186,31 @@ VIEWS = {"lungs only": (lungs_only, True), "lungs blacked out": (lungs_black, Tr
 
 # %% ../nbs/19_shift.ipynb #f061e603
 class Altered(pipelines.Store):
-    "A store whose films are changed as they are taken."
+    "A store whose images are changed as they are taken."
     def __init__(self,
-        store: pipelines.Store, # the films as they are
-        change: Callable, # (films (n, h, w) uint8, masks (n, h, w) bool or None) -> films
+        store: pipelines.Store, # the images as they are
+        change: Callable, # (images (n, h, w) uint8, masks (n, h, w) bool or None) -> images
         masks: pipelines.Store | None = None, # from `lungs`
     ):
-        self.folder, self.pixels, self.skipped, self.frame, self.at = store.folder, store.pixels, store.skipped, store.frame, store.at
+        super().__init__(store.folder, store.frame)
+        self.skipped = store.skipped
         self.change, self.masks, self.whole = change, masks, store
 
     def take(self, rows: np.ndarray | slice = slice(None)) -> np.ndarray:
-        "Changed pictures of these rows, (n, h, w) uint8."
+        "Changed images of these rows, (n, h, w) uint8."
         return self.change(self.whole.take(rows), None if self.masks is None else self.masks.take(rows) > 127)
 
     def using(self, frame: pd.DataFrame) -> Altered:
         "The same change under another frame."
-        where = dict(zip(self.frame["path"], self.masks.frame["path"])) if self.masks else {}
-        return Altered(self.whole.using(frame), self.change, self.masks.using(frame.assign(path=frame["path"].map(where))) if self.masks else None)
+        masks = None
+        if self.masks is not None:
+            where = dict(zip(self.frame["path"], self.masks.frame["path"]))
+            masks = self.masks.using(frame.assign(path=frame["path"].map(where)))
+        return Altered(self.whole.using(frame), self.change, masks)
 
 # %% ../nbs/19_shift.ipynb #99096cb3
 def alter(
-    store: pipelines.Store, # films
+    store: pipelines.Store, # images
     view: str, # one of VIEWS
 ) -> Altered:
     "The same store through one of the views."
@@ -181,67 +218,42 @@ def alter(
     change, needs = VIEWS[view]
     return Altered(store, change, lungs(store) if needs else None)
 
-# %% ../nbs/19_shift.ipynb #550ea9d0
-def plot_bars(
-    rows: pd.DataFrame, # from `bars`
-    against: str | None = None, # the arm drawn as a band behind the others; default: the first
-): # a matplotlib Figure
-    "One row an arm, one colour a place: AUC with its interval; the pale band is the arm it is compared with."
-    arms, places = list(dict.fromkeys(rows["arm"])), list(dict.fromkeys(rows["place"]))
-    against = against or arms[0]
-    import matplotlib.pyplot as plt
-    fig, ax = plt.subplots(figsize=(7.4, .7 + .17 * (len(places) + 1.4) * len(arms)), layout="constrained")
-    for i, place in enumerate(places):
-        colour, there = PALETTE[i % len(PALETTE)], rows[rows["place"] == place].set_index("arm")
-        for arm, r in there.iterrows():
-            y = arms.index(arm) + .72 * ((i + .5) / len(places) - .5)
-            ax.hlines(y, r["low"], r["high"], color=colour, lw=2)
-            ax.plot(r["value"], y, "o", color=colour, ms=5, label=place if arm == there.index[0] else None)
-        if against in there.index and i == 0: ax.axvspan(there.loc[against, "low"], there.loc[against, "high"], color=colour, alpha=.12, lw=0)
-    ax.axvline(.5, color="#555", lw=1, ls="--")
-    ax.set(yticks=range(len(arms)), yticklabels=arms, ylim=(len(arms) - .45, -.55), xlabel="AUC with 95 % interval over patients and seeds (dashed: guessing)")
-    ax.grid(axis="x", color="0.92")
-    ax.set_axisbelow(True)
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.legend(frameon=False, ncols=len(places), loc="lower left", bbox_to_anchor=(0, 1), fontsize=8)
-    plt.close(fig)
-    return fig
-
 # %% ../nbs/19_shift.ipynb #02bc41ce
 def balanced(
-    frame: pd.DataFrame, # films with splits
+    frame: pd.DataFrame, # images with splits
     by: str, # the column that must say nothing about the label: a letter, `source`, `view`
     seed: int = 0, # another seed, other draws
-) -> pd.DataFrame: # as many training films, some several times, each class equally often in each group; other splits untouched
-    "Draw training films so that a column no longer predicts the label."
+) -> pd.DataFrame: # as many training images, some several times, each class equally often in each group; other splits untouched
+    "Draw training images so that a column no longer predicts the label."
     train, rest = frame[frame["split"] == "train"], frame[frame["split"] != "train"]
     cells = pd.crosstab(train[by], train["label"])
     if len(cells) < 2: raise CourseError(f"the column {by!r} has one value only", str(list(cells.index)), "there is nothing to balance")
     if (cells == 0).any(axis=None):
         group, label = cells.stack().idxmin()
         raise CourseError(f"there is no training film of {label} with {by} {group}", f"column {by!r}", "sampling cannot invent it: gather such films, or cover the cause")
-    groups = dict(list(train.groupby([by, "label"], observed=True)))
-    each = -(-len(train) // len(groups))
-    drawn = [g.iloc[rng(seed, "balanced", *map(str, key)).integers(len(g), size=each)] for key, g in groups.items()]
+    found = dict(list(train.groupby([by, "label"], observed=True)))
+    each = -(-len(train) // len(found))
+    drawn = [g.iloc[rng(seed, "balanced", *map(str, key)).integers(len(g), size=each)] for key, g in found.items()]
     return pd.concat([*drawn, rest], ignore_index=True)
 
 # %% ../nbs/19_shift.ipynb #0688c49d
 def ask_source(
-    frame: pd.DataFrame, # films of at least two sources
-) -> pd.DataFrame: # the same films; the label is the source
+    frame: pd.DataFrame, # images of at least two sources
+) -> pd.DataFrame: # the same images; the label is the source
     "Turn the question round: which hospital is this?"
-    known = frame[frame["source"].notna()].drop(columns=core.findings(frame))
-    if known["source"].nunique() < 2: raise CourseError("there is only one source", ", ".join(map(str, known["source"].unique())) or "none is known", "fill the column `source` with at least two hospitals or collections")
+    known = frame[frame["source"].notna()].drop(columns=Task.of(frame).columns)
+    if known["source"].nunique() < 2:
+        raise CourseError("there is only one source", ", ".join(map(str, known["source"].unique())) or "none is known",
+                          "fill the column `source` with at least two hospitals or collections")
     return core.frame(known.assign(label=known["source"].astype(str)))
 
 # %% ../nbs/19_shift.ipynb #cf2669f6
 def leave_out(
-    frame: pd.DataFrame, # films of at least two sources
+    frame: pd.DataFrame, # images of at least two sources
     source: str, # the one to be judged by
     fraction: float = .15, # share of the rest for validation
     seed: int = 0, # another seed, another validation set
-    unknown: str = "raise", # films without patient: 'raise' or 'picture'
-) -> pd.DataFrame: # test: films of the source (its test films, if it has any); train and val: films of the other sources outside their tests, cut anew by patient
+) -> pd.DataFrame: # test: images of the source (its test images, if it has any); train and val: images of the other sources outside their tests, cut anew by patient
     "A split in which one source has taught nothing."
     if source not in (known := sorted(frame["source"].dropna().unique())): raise CourseError(f"there is no source {source!r}", "column `source`", f"known are {', '.join(map(str, known)) or 'none'}")
     if len(known) < 2: raise CourseError("there is only one source", source, "leaving it out would leave nothing to learn from")
@@ -249,38 +261,11 @@ def leave_out(
     split_known = (frame.loc[here, "split"] == "test").any()
     test = frame[here & ((frame["split"] == "test").to_numpy() | (not split_known))].assign(split="test")
     rest = frame[~here & frame["source"].notna().to_numpy() & (frame["split"] != "test").to_numpy()]
-    rest = rest[~patients(rest, unknown).isin(set(patients(test, unknown)))]
-    if rest.empty: raise CourseError("nothing is left to learn from", f"every patient of the other sources was also in {source}", "bring patients of one source only")
-    return pd.concat([splits.split(rest, {"train": 1 - fraction, "val": fraction}, seed, unknown), test], ignore_index=True)
-
-# %% ../nbs/19_shift.ipynb #9b93cdd9
-class Look(NamedTuple):
-    "What a network makes of some films, without their truth."
-    features: np.ndarray # (n, f) each map's mean over the film
-    probabilities: np.ndarray # (n, k)
-    keys: np.ndarray # (n,) text: the patient of each film
-    paths: np.ndarray # (n,) text
-
-    def rows(self, which: np.ndarray) -> Look: return Look(*(a[which] for a in self))
-    def __repr__(self): return f"a look at {len(self.paths)} films of {len(set(self.keys))} patients"
-
-def look(
-    model, # a model that keeps the contract
-    store: pipelines.Store, # films, with or without truth
-    split: str | None = None, # only these
-    unknown: str = "raise", # films without patient: 'raise' or 'picture'
-    batch: int = 64, # films at once
-) -> Look:
-    "What the network sees in films, and what it answers."
-    rows, eyes, mouth, seen, said = store.rows(split), cnn.features(model), cnn.head(model), [], []
-    if not len(rows): raise CourseError("there is no film to look at", f"split {split}", "give a store with films")
-    for i in range(0, len(rows), batch):
-        maps = eyes((store.take(rows[i:i + batch]) / np.float32(255))[..., None], training=False)
-        seen.append(np.asarray(maps).reshape(len(maps), -1, maps.shape[-1]).mean(axis=1))
-        said.append(np.asarray(mouth(maps, training=False)))
-    films = store.frame.iloc[rows]
-    p = cnn.probabilities(np.concatenate(said), bool(core.findings(films)))
-    return Look(np.concatenate(seen), p, patients(films, unknown).to_numpy(str), films["path"].to_numpy(str))
+    rest = rest[~groups(rest).isin(set(groups(test)))]
+    if rest.empty:
+        raise CourseError("nothing is left to learn from", f"every patient of the other sources was also in {source}",
+                          "bring patients of one source only")
+    return pd.concat([splits.split(rest, {"train": 1 - fraction, "val": fraction}, seed), test], ignore_index=True)
 
 # %% ../nbs/19_shift.ipynb #d68ac5a0
 class Test(NamedTuple):
@@ -290,10 +275,12 @@ class Test(NamedTuple):
     shuffled: np.ndarray
 
 def _units(old: Iterable, new: Iterable) -> tuple[np.ndarray, int, int]:
-    "Averages by patient as a matrix (patients, films), old patients first; how many are old, how many new."
+    "Averages by patient as a matrix (patients, images), old patients first; how many are old, how many new."
     codes, who = pd.factorize(np.r_[[f"old:{k}" for k in old], [f"new:{k}" for k in new]])
     n = len(set(old))
-    if min(n, len(who) - n) < 4: raise CourseError("too few patients to compare", f"{n} old, {len(who) - n} new", "bring at least four on each side; twenty or more find what matters")
+    if min(n, len(who) - n) < 4:
+        raise CourseError("too few patients to compare", f"{n} old, {len(who) - n} new",
+                          "bring at least four on each side; twenty or more find what matters")
     mean = np.zeros((len(who), len(codes)))
     mean[codes, np.arange(len(codes))] = 1
     return mean / mean.sum(axis=1, keepdims=True), n, len(who) - n
@@ -316,7 +303,7 @@ def mmd(
     times: int = 999, # shuffles
     seed: int = 0, # same seed, same shuffles
 ) -> Test: # value 0: the same; p by shuffling patients
-    "Maximum mean discrepancy of two clouds of films, each patient counted once."
+    "Maximum mean discrepancy of two clouds of images, each patient counted once."
     (mean, n, m), x = _units(old_keys, new_keys), np.vstack([old, new]).astype(float)
     x = (x - x.mean(axis=0)) / np.where(x.std(axis=0) > 1e-9, x.std(axis=0), 1)
     square = (x ** 2).sum(axis=1)
@@ -340,39 +327,14 @@ def gap(
     d = _shuffles(n, m, times, seed)
     return _judged(np.concatenate([np.abs(part.T @ below).max(axis=1) for part in np.array_split(d, 20, axis=1)]))
 
-# %% ../nbs/19_shift.ipynb #d355147c
-def reference(
-    run: training.Run | str | Path, # a finished run
-    store: pipelines.Store | None = None, # its films; default: found again by the paths in its predictions
-    overwrite: bool = False, # write it anew
-) -> Look: # of the validation films; kept as `reference.npz` in the run folder
-    "What the network made of its validation films: what new films are compared with."
-    run = run if isinstance(run, training.Run) else training.load_run(run)
-    file = run.folder / "reference.npz"
-    if file.exists() and not overwrite and store is None:
-        try:
-            with np.load(file, allow_pickle=False) as kept: return Look(*(kept[name] for name in Look._fields))
-        except (OSError, ValueError, KeyError) as e: raise CourseError(f"the reference cannot be read ({type(e).__name__})", file, "remove it, and it is made again") from e
-    if store is None:
-        films = run.predictions[run.predictions["split"] == "val"].reset_index(drop=True)
-        gone = [p for p in films["path"] if not Path(p.split("::")[0]).exists()]
-        if gone: raise CourseError(f"{len(gone)} of {len(films)} validation films are no longer where they were", gone[0], "make the reference where the films are, or give reference(run, store) the films it was trained with")
-        store = pipelines.build(films, tuple(run.card["preprocessing"]["shape"]))
-    found = look(run.model, store, "val", "picture")
-    with atomic(file) as part, open(part, "wb") as out: np.savez_compressed(out, **found._asdict())
-    return found
-
 # %% ../nbs/19_shift.ipynb #7ac57927
 def told_apart(
-    old: Look, # what is known
-    new: Look, # what arrived
+    old: Embedding, # what is known
+    new: Embedding, # what arrived
     seed: int = 0, # of the folds
 ) -> evaluation.Estimate: # AUC: .5 nobody can tell, 1 everybody can; interval by patient
-    "How well a simple classifier tells new films from old ones, for patients it has not seen."
+    "How well a simple classifier tells new images from old ones, for patients it has not seen."
     from scipy.stats import rankdata
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
     x, y = np.vstack([old.features, new.features]), np.r_[np.zeros(len(old.keys)), np.ones(len(new.keys))]
     who = np.r_[[f"old:{k}" for k in old.keys], [f"new:{k}" for k in new.keys]]
     fold, score = {}, np.empty(len(y))
@@ -381,30 +343,39 @@ def told_apart(
         fold |= {names[j]: i % 5 for i, j in enumerate(rng(seed, "told_apart", side).permutation(len(names)))}
     at = np.array([fold[k] for k in who])
     for f in np.unique(at):
-        fitted = make_pipeline(StandardScaler(), LogisticRegression(C=.05, class_weight="balanced", max_iter=500)).fit(x[at != f], y[at != f])
+        fitted = _classifier().fit(x[at != f], y[at != f])
         score[at == f] = rankdata(fitted.decision_function(x[at == f])) / (at == f).sum()
     return evaluation.auc_interval(y, score, who, method="percentile", times=300)
 
+# %% ../nbs/19_shift.ipynb #7fb1cfe8
+def _classifier():
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+    return make_pipeline(StandardScaler(), LogisticRegression(C=.05, class_weight="balanced", max_iter=500))
+
 # %% ../nbs/19_shift.ipynb #acdaf650
 def stranger(
-    old: Look, # what is known
-    new: Look, # what arrived
-) -> np.ndarray: # (m,) how far each new film is from its five nearest old ones, in typical distances between neighbours of the old
-    "How unlike anything known each new film is."
+    old: Embedding, # what is known
+    new: Embedding, # what arrived
+) -> np.ndarray: # (m,) how far each new image is from its five nearest old ones, in typical distances between neighbours of the old
+    "How unlike anything known each new image is."
     mean, spread = old.features.mean(axis=0), old.features.std(axis=0)
     a, b = ((v.features - mean) / np.where(spread > 1e-9, spread, 1) for v in (old, new))
     near = lambda u, skip: np.sort(np.sqrt(np.maximum((u ** 2).sum(1)[:, None] + (a ** 2).sum(1) - 2 * u @ a.T, 0)), axis=1)[:, skip:5 + skip].mean(axis=1)
     return near(b, 0) / np.median(near(a, 1))
 
 # %% ../nbs/19_shift.ipynb #b4162725
+_CAPTION = "difference, what 95 of 100 shuffles stay below, and p-value (corrected for two tests)"
+
 @dataclass(frozen=True)
 class Verdict:
-    "Whether new films look to a network like those it was checked with, and why."
-    old: Look
-    new: Look
+    "Whether new images look to a network like those it was checked with, and why."
+    old: Embedding
+    new: Embedding
     tests: dict[str, Test] # by what was compared
     apart: evaluation.Estimate # AUC of telling old and new apart
-    strange: np.ndarray # (films,) from `stranger`
+    strange: np.ndarray # (images,) from `stranger`
     level: float # share of false alarms
     name: str # whose eyes these are
     labels: tuple # of the columns of probabilities
@@ -414,38 +385,74 @@ class Verdict:
     @property
     def shift(self) -> bool: return self.p < self.level
     @property
-    def table(self) -> core.table:
-        return core.table(pd.DataFrame([dict(compared=what, difference=t.value, by_chance=float(np.quantile(t.shuffled, .95)), p=min(1., len(self.tests) * t.p)) for what, t in self.tests.items()]),
-                          "difference, what 95 of 100 shuffles stay below, and p-value (corrected for two tests)")
-    @property
-    def unlike(self) -> pd.DataFrame: # one row a new film, the strangest first
-        return pd.DataFrame(dict(path=self.new.paths, patient=self.new.keys, distance=self.strange)).sort_values("distance", ascending=False, ignore_index=True)
-    @property
-    def sentences(self) -> list[str]: return _sentences(self)
+    def rows(self) -> pd.DataFrame: # one row a test: compared, difference, by_chance, p
+        def row(what, t):
+            return dict(compared=what, difference=t.value, by_chance=float(np.quantile(t.shuffled, .95)), p=min(1., len(self.tests) * t.p))
+        return pd.DataFrame([row(what, t) for what, t in self.tests.items()])
 
-    def figure(self): return _figure(self)
-    def sheet(self, n: int = 6) -> core.Sheet: # the strangest films
-        first_ = self.unlike.head(n)
-        return core.show_films([images.fit(images.read(p), (160, 160)) for p in first_["path"]], [f"{Path(p).name[:18]}\n{d:.1f}" for p, d in zip(first_["path"], first_["distance"])], cols=n, height=1.4)
-    def html(self) -> str: return _page(self)
-    def save(self, folder: str | Path) -> Path: return _save(self, Path(folder))
-    def _repr_html_(self): return "".join(f"<p>{html.escape(s)}</p>" for s in self.sentences) + evaluation.embed(self.figure(), "old and new compared", 72) + self.table._repr_html_()
+    @property
+    def table(self) -> core.table:
+        return core.table(self.rows, _CAPTION)
+
+    @property
+    def unlike(self) -> pd.DataFrame: # one row a new image: path, group, distance; the farthest first
+        found = pd.DataFrame(dict(path=self.new.paths, group=self.new.keys, distance=self.strange))
+        return found.sort_values("distance", ascending=False, ignore_index=True)
+
+    @property
+    def sentences(self) -> list[str]:
+        return _sentences(self)
+
+    def figure(self):
+        return _figure(self)
+
+    def sheet(self, n: int = 6) -> core.Sheet: # the images that are least like anything known
+        first = self.unlike.head(n)
+        titles = [f"{Path(p).name[:18]}\n{d:.1f}" for p, d in zip(first["path"], first["distance"])]
+        return core.show_films([images.fit(images.read(p), (160, 160)) for p in first["path"]], titles, cols=n, height=1.4)
+
+    def html(self) -> str:
+        return _page(self)
+
+    def save(self, folder: str | Path) -> Path:
+        return _save(self, Path(folder))
+
+    def _repr_html_(self):
+        return _said(self) + page.embed(self.figure(), "old and new compared", dpi=72) + self.table._repr_html_()
+
     def __repr__(self):
         base = os.path.commonpath([os.path.dirname(p) for p in self.new.paths])
-        return "\n".join([*self.sentences, "", repr(self.table), "", "least like anything known (1: as near as old films are to each other):", *(f"  {r.distance:6.2f}  {os.path.relpath(r.path, base or '.')}" for r in self.unlike.head(5).itertuples())])
+        farthest = [f"  {r.distance:6.2f}  {os.path.relpath(r.path, base or '.')}" for r in self.unlike.head(5).itertuples()]
+        heading = "least like anything known (1: as near as old images are to each other):"
+        return "\n".join([*self.sentences, "", repr(self.table), "", heading, *farthest])
 
 # %% ../nbs/19_shift.ipynb #68a971f7
 def _sentences(v: Verdict) -> list[str]:
     "The verdict in words."
-    count = lambda a: f"{len(a.paths)} films of {len(set(a.keys))} patients"
-    size = "can hardly be told apart" if v.apart.value < .6 else "can be told apart in part" if v.apart.value < .8 else "are easily told apart"
-    out = [("A shift was found: " if v.shift else "No shift was found: ") + f"to {v.name}, {count(v.new)} {'do not look' if v.shift else 'look'} like the {count(v.old)} it was checked with (p {'<' if v.p <= .002 else '='} {max(v.p, .002):.3f}).",
-           f"Old and new {size}: AUC {v.apart} (.5: not at all, 1: always)."]
-    if v.shift: out.append("Figures measured on the old films need not hold for the new ones. A shift is a change and may be harmless; look at the strangest films, and have some new films labelled.")
-    else: out.append("That is no proof that nothing has changed" + (": with so few patients only a large change would be noticed." if len(set(v.new.keys)) < 40 or len(set(v.old.keys)) < 40 else "; small changes and changes that the network cannot see go unnoticed."))
-    if any(k.startswith(("film:", "study:")) for k in np.r_[v.old.keys, v.new.keys]): out.append("Some films have no known patient and were taken as independent of each other; if they are not, alarms come too easily.")
+    def count(a):
+        return f"{len(a.paths)} images of {len(set(a.keys))} patients"
+    verb = "do not look" if v.shift else "look"
+    found = "A shift was found: " if v.shift else "No shift was found: "
+    p = f"(p {'<' if v.p <= .002 else '='} {max(v.p, .002):.3f})"
+    out = [f"{found}to {v.name}, {count(v.new)} {verb} like the {count(v.old)} it was checked with {p}.",
+           f"Old and new {_apart(v.apart.value)}: AUC {v.apart} (.5: not at all, 1: always).", _advice(v)]
+    if any(k.startswith(("image:", "study:")) for k in np.r_[v.old.keys, v.new.keys]):
+        out.append("Some images have no known patient and were taken as independent of each other; if they are not, alarms come too easily.")
     return out
 
+def _apart(auc: float) -> str:
+    return "can hardly be told apart" if auc < .6 else "can be told apart in part" if auc < .8 else "are easily told apart"
+
+def _advice(v: Verdict) -> str:
+    if v.shift:
+        return ("Figures measured on the old images need not hold for the new ones. A shift is a change and may be harmless; "
+                "look at the images that are least like the old ones, and have some new images labelled.")
+    few = min(len(set(v.new.keys)), len(set(v.old.keys))) < 40
+    return "That is no proof that nothing has changed" + (
+        ": with so few patients only a large change would be noticed." if few
+        else "; small changes and changes that the network cannot see go unnoticed.")
+
+# %% ../nbs/19_shift.ipynb #715bcfff
 def _figure(v: Verdict):
     "Cumulative curves of what was answered; the difference in what was seen, against shuffles."
     import matplotlib.pyplot as plt
@@ -466,32 +473,37 @@ def _figure(v: Verdict):
     return fig
 
 # %% ../nbs/19_shift.ipynb #e0cd1565
-_PAGE = "body{font:16px/1.55 Georgia,serif;color:#222;background:#fff;max-width:60rem;margin:2.5rem auto;padding:0 1.2rem}h1{font-size:1.8rem}h2{font-size:1.2rem;margin-top:2rem}table{border-collapse:collapse;font:14px/1.4 system-ui,sans-serif}td,th{border-bottom:1px solid #ddd}.small{font-size:.88rem;color:#555}"
+_HOW = ("Made for teaching. Not a medical device. Tests by shuffling patients: maximum mean discrepancy of the network's features, "
+        "widest gap between the cumulative curves of its probabilities.")
+
+def _said(v: Verdict) -> str:
+    return "".join(f"<p>{html.escape(s)}</p>" for s in v.sentences)
 
 def _page(v: Verdict) -> str:
     "The verdict as a page."
-    strange = core.table(v.unlike.head(20).rename(columns={"distance": "distance (1: usual)"}))._repr_html_()
-    return (f"<!doctype html><html lang='en'><head><meta charset='utf-8'><meta name='viewport' content='width=device-width'><title>Have the films changed?</title><style>{_PAGE}</style></head><body><h1>Have the films changed?</h1>"
-            + "".join(f"<p>{html.escape(s)}</p>" for s in v.sentences) + evaluation.embed(v.figure(), "old and new compared") + v.table._repr_html_()
-            + "<h2>The strangest films</h2>" + evaluation.embed(v.sheet().figure, "the six films that are least like anything known") + strange
-            + "<p class='small'>Made for teaching. Not a medical device. Tests by shuffling patients: maximum mean discrepancy of the network's features, widest gap between the cumulative curves of its probabilities.</p></body></html>")
+    strange = page.table_html(v.unlike.head(20).rename(columns={"distance": "distance (1: usual)"}))
+    compared = page.embed(v.figure(), "old and new compared") + page.table_html(v.rows, _CAPTION)
+    sheet = page.embed(v.sheet(), "the six images that are least like anything known")
+    return page.page("Have the images changed?", [("", _said(v)), ("Old and new compared", compared),
+                                                  ("The images least like anything known", sheet + strange)], footer=_HOW)
 
 def _save(v: Verdict, folder: Path) -> Path:
-    "index.html, shift.png, films.csv and verdict.json in a new folder."
-    facts = dict(shift=v.shift, p=v.p, level=v.level, apart=list(v.apart[:3]), films=len(v.new.paths), patients=len(set(v.new.keys)), reference_films=len(v.old.paths), reference_patients=len(set(v.old.keys)),
+    "index.html, shift.png, images.csv and verdict.json in a new folder."
+    facts = dict(shift=v.shift, p=v.p, level=v.level, apart=list(v.apart[:3]), images=len(v.new.paths), patients=len(set(v.new.keys)),
+                 reference_images=len(v.old.paths), reference_patients=len(set(v.old.keys)),
                  tests={what: dict(difference=t.value, p=t.p) for what, t in v.tests.items()}, sentences=v.sentences)
     with atomic(folder, overwrite=False) as part:
         part.mkdir()
         (part / "index.html").write_text(v.html(), encoding="utf-8")
         (part / "verdict.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
-        v.unlike.to_csv(part / "films.csv", index=False)
+        v.unlike.to_csv(part / "images.csv", index=False)
         v.figure().savefig(part / "shift.png", dpi=110)
     return folder
 
 # %% ../nbs/19_shift.ipynb #2f7ffdb6
 def compare(
-    old: Look, # what the network was checked with
-    new: Look, # what arrived
+    old: Embedding, # what the network was checked with
+    new: Embedding, # what arrived
     level: float = .05, # share of false alarms
     times: int = 999, # shuffles
     limit: int = 500, # patients of each side at most, by lot; keeps memory and time flat
@@ -499,48 +511,76 @@ def compare(
     name: str = "the model", # in words
     labels: Iterable[str] | None = None, # of the columns of probabilities
 ) -> Verdict:
-    "Test whether two groups of films look different to a network; shuffles patients."
-    def some(a, side):
-        who = np.array(sorted(set(a.keys)))
-        return a if len(who) <= limit else a.rows(np.isin(a.keys, who[rng(seed, "shift.limit", side).permutation(len(who))[:limit]]))
-    a, b = some(old, "old"), some(new, "new")
-    tests = {"what it sees (features)": mmd(a.features, b.features, a.keys, b.keys, times, seed), "what it answers (probabilities)": gap(a.probabilities, b.probabilities, a.keys, b.keys, times, seed)}
-    return Verdict(old, new, tests, told_apart(a, b, seed), stranger(a, new), level, name, tuple(labels or (f"output {i + 1}" for i in range(old.probabilities.shape[1]))))
+    "Test whether two groups of images look different to a network; shuffles patients."
+    a, b = _some(old, "old", limit, seed), _some(new, "new", limit, seed)
+    tests = {"what it sees (features)": mmd(a.features, b.features, a.keys, b.keys, times, seed),
+             "what it answers (probabilities)": gap(a.probabilities, b.probabilities, a.keys, b.keys, times, seed)}
+    names = tuple(labels or (f"output {i + 1}" for i in range(old.probabilities.shape[1])))
+    return Verdict(old, new, tests, told_apart(a, b, seed), stranger(a, new), level, name, names)
+
+# %% ../nbs/19_shift.ipynb #2e07cc48
+def _some(a: Embedding, side: str, limit: int, seed: int) -> Embedding:
+    "At most so many patients, by lot."
+    who = np.array(sorted(set(a.keys)))
+    if len(who) <= limit:
+        return a
+    return a.rows(np.isin(a.keys, who[rng(seed, "shift.limit", side).permutation(len(who))[:limit]]))
 
 # %% ../nbs/19_shift.ipynb #7f95cfdf
+_UNLABELLED = ("no layout of this course", "DICOM files without labels", "a folder of one class")   # what `data.load` says of a heap
+
+def _loaded(folder: Path) -> pd.DataFrame:
+    "A labelled set, or the image files of a folder; a set that is damaged is an error and no heap."
+    try:
+        return data.load(folder, sizes=False)
+    except CourseError as error:
+        if not error.what.startswith(_UNLABELLED) or not folder.is_dir():
+            raise
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name.lower().endswith(data.PICTURES) and not p.name.startswith("."))
+    if not files:
+        raise CourseError("no picture here", folder, f"the course reads {', '.join(data.PICTURES)}")
+    return pd.DataFrame([dict(path=str(p), patient=data.parse_name(p.name)["patient"]) for p in files])
+
+# %% ../nbs/19_shift.ipynb #79c8b9bb
 def arrived(
-    folder: str | Path, # a data set of any layout, or any folder of pictures
-    labels: Iterable[str], # the classes of the model; the truth of these films is not used
-) -> pd.DataFrame: # a frame without truth
-    "The films of a folder, labelled or not."
-    folder = Path(folder).expanduser()
-    try: found = data.load(folder, sizes=False)
-    except CourseError:
-        if not folder.is_dir(): raise
-        files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name.lower().endswith(data.PICTURES) and not p.name.startswith("."))
-        if not files: raise CourseError("no picture here", folder, f"the course reads {', '.join(data.PICTURES)}") from None
-        found = pd.DataFrame([dict(path=str(p), patient=data.parse_name(p.name)["patient"]) for p in files])
+    folder: str | Path, # a data set of any layout, or any folder of images
+    labels: Iterable[str], # the classes or findings of the model; the truth of these images is not used
+    *,
+    findings: bool = False, # whether the labels are findings
+) -> pd.DataFrame: # a frame without truth; images without patient count singly
+    "The images of a folder, labelled or not."
+    found, labels = _loaded(Path(folder).expanduser()), list(labels)
     masks = found["path"].map(lambda p: Path(p).parent.name in ("lung masks", "infection masks"))
-    return core.frame(found.loc[~masks, [c for c in ("path", "patient", "study", "source") if c in found]].assign(label=None), labels=list(labels))
+    kept = pd.DataFrame(found.loc[~masks, [c for c in ("path", "patient", "study", "source") if c in found]])
+    if findings:
+        return core.frame(kept.assign(**dict.fromkeys(labels, np.nan)), findings=labels, unknown="image")
+    return core.frame(kept.assign(label=None), labels=labels, unknown="image")
 
 # %% ../nbs/19_shift.ipynb #cf1c576a
 def monitor(
     run: training.Run | str | Path, # a finished run
-    new: pipelines.Store | str | Path, # films that arrived: a store, or a folder
+    new: pipelines.Store | str | Path, # images that arrived: a store, or a folder
     level: float = .05, # share of false alarms
     times: int = 999, # shuffles
     skip_bad: bool = False, # go on without files that cannot be read
     **options, # for `compare`: limit, seed
 ) -> Verdict:
-    "Have the films changed since this network was checked?"
+    "Have the images changed since this network was checked?"
     run = run if isinstance(run, training.Run) else training.load_run(run)
-    store = new if isinstance(new, pipelines.Store) else pipelines.build(arrived(new, run.card["labels"]), tuple(run.card["preprocessing"]["shape"]), skip_bad=skip_bad)
-    if (run.folder / "films.csv").exists():
-        taught = pd.read_csv(run.folder / "films.csv", dtype=str).query("split != 'test'")["sha256"]
-        marks = pd.read_csv(store.folder / "index.csv", dtype=str, keep_default_na=False).set_index("path")["sha256"]
-        fresh_ = ~store.frame["path"].map(marks).isin(set(taught))
-        if not fresh_.any(): raise CourseError("the model has learned from every one of these films", f"{len(store)} films", "give it films that it has never seen")
-        store = store.using(store.frame[fresh_].reset_index(drop=True))
-    old, now = reference(run), look(run.model, store, unknown="picture")
-    if store.frame["patient"].isna().all(): old = old._replace(keys=old.paths)      # like with like: where new films count one by one, so do the old
-    return compare(old, now, level, times, name=run.folder.name, labels=run.card["labels"], **options)
+    labels, findings = run.card["labels"], run.card["kind"] == "findings"
+    store = new
+    if not isinstance(new, pipelines.Store):
+        store = pipelines.build(arrived(new, labels, findings=findings), tuple(run.card["preprocessing"]["shape"]), skip_bad=skip_bad)
+    store = _never_seen(run, store)
+    old, now = load_reference(run.folder), embed(run.model, store, findings=findings)
+    if store.frame["patient"].isna().all():
+        old = old._replace(keys=old.paths)            # like with like: where new images count one by one, so do the old
+    return compare(old, now, level, times, name=run.folder.name, labels=labels, **options)
+
+# %% ../nbs/19_shift.ipynb #24aebdd9
+def _never_seen(run: training.Run, store: pipelines.Store) -> pipelines.Store:
+    "The images that the model has not learned from, each without patient by itself."
+    new = ~learned_from(run.folder, store)
+    if not new.any():
+        raise CourseError("the model has learned from every one of these images", f"{len(store)} images", "give it images that it has never seen")
+    return store.using(regroup(store.frame[new].reset_index(drop=True), "image"))

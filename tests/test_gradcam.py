@@ -121,7 +121,7 @@ def test_targets_by_name():
     with pytest.raises(CourseError, match="knows well, sick"): gradcam.named("ill", ["well", "sick"], 1)
 
 
-@pytest.mark.parametrize("wrong, says", [(np.zeros((2, 20, 20)), "takes films of"), (np.full((33, 47), np.nan), "no numbers")])
+@pytest.mark.parametrize("wrong, says", [(np.zeros((2, 20, 20)), "takes images of"), (np.full((33, 47), np.nan), "no numbers")])
 def test_films_that_do_not_fit(model, wrong, says):
     with pytest.raises(CourseError, match=says): gradcam.maps(model, wrong, gradcam.logit(0))
 
@@ -129,6 +129,26 @@ def test_films_that_do_not_fit(model, wrong, says):
 def test_a_target_that_is_none(model, films):
     with pytest.raises(CourseError, match="one number a film"): gradcam.maps(model, films, lambda z: z)
     with pytest.raises(CourseError, match="no method"): gradcam.maps(model, films, method="cam-grad")
+
+
+def test_a_target_given_by_its_name(model, films):
+    "A run and a bundle know their names; a bare network is told them."
+    from types import SimpleNamespace
+    run = SimpleNamespace(card=dict(labels=["a", "b", "c"]), model=model)
+    expected = gradcam.maps(model, films, gradcam.logit(1))
+    assert np.array_equal(gradcam.maps(model, films, "b", labels=["a", "b", "c"]), expected) and np.array_equal(gradcam.maps(run, films, "b"), expected)
+    assert np.array_equal(gradcam.sanity(run, films[:1], "b", {"cam": "cam"}), gradcam.sanity(model, films[:1], gradcam.logit(1), {"cam": "cam"}))
+    for call, words in ((lambda: gradcam.maps(model, films, "b"), "say labels="), (lambda: gradcam.maps(run, films, "d"), "knows a, b, c"),
+                        (lambda: gradcam.maps(model, films, "b", labels=["a", "b"]), "3 outputs for 2 names"), (lambda: gradcam.maps(model, films, 1), "a name or a function")):
+        with pytest.raises(CourseError, match=words): call()
+
+
+def test_cam_refuses_what_comes_after_the_dense_layer(films):
+    x = keras.Input((33, 47, 1))
+    a = keras.layers.Conv2D(4, 3)(x)
+    squashed = keras.layers.Dense(1, activation="tanh")(keras.layers.GlobalAveragePooling2D()(a))
+    model = keras.Sequential([keras.Input((33, 47, 1)), keras.Model(x, a, name="features"), keras.Model(a, squashed, name="head")])
+    with pytest.raises(CourseError, match="mean and one dense"): gradcam.maps(model, films, method="cam")
 
 
 def test_bytes_are_films_too(model, films):

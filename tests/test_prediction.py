@@ -22,18 +22,19 @@ def small_frame(folder, kind):
         path = images.to_png(x, folder / f"{i:02d}.png", window=None)
         truth = dict(label=["A", "B", "C"][sick]) if kind == "three" else dict(label=["A", "B"][sick > 0]) if kind == "two" else dict(Effusion=sick > 0, Mass=np.nan if i % 7 == 0 else i % 2)
         rows.append(dict(path=path, patient=f"p{i}", split="train" if i < 24 else "val" if i < 36 else "test", height=x.shape[0], width=x.shape[1], **truth))
-    return core.frame(rows)
+    return core.frame(rows, findings=["Effusion", "Mass"] if kind == "findings" else None)
 
 
 @pytest.fixture(scope="module", params=["two", "three", "findings"])
 def made(request, tmp_path_factory):
     "A run of each of the three kinds, its store and its bundle."
-    from cxr_course import cnn, pipelines, prediction, training
+    from cxr_course import cnn, pipelines, prediction, reference, training
     folder = tmp_path_factory.mktemp(request.param)
     store = pipelines.build(small_frame(folder, request.param), SHAPE, folder / "store")
-    names = core.classes(store.frame)
-    run = training.fit(cnn.build("smallnet", (*SHAPE, 1), 1 if request.param == "two" else len(names)), store, run=folder / "run", epochs=2, batch=8)
-    prediction.finish(folder / "run", store)
+    run = training.fit(cnn.build("smallnet", (*SHAPE, 1), core.Task.of(store.frame).outputs), store, run=folder / "run", epochs=2, batch=8)
+    if "seen" not in run.card:
+        (run.folder / "card.json").write_text(json.dumps(run.card | {"seen": reference.write(run.folder, run.model, store, run.card)}))
+        run = training.load_run(run.folder)
     return run, store, prediction.load_bundle(folder / "run")
 
 
@@ -43,7 +44,7 @@ def test_round_trip(made):
     again = prediction.predict(bundle, run.predictions["path"], batch=7)
     columns = [f"p_{c}" for c in bundle.classes]
     assert np.abs(again[columns].to_numpy() - run.predictions[columns].to_numpy()).max() < 1e-6
-    assert core.classes(again) == core.classes(run.predictions) and again["patient"].isna().all()
+    assert core.Task.of(again) == core.Task.of(run.predictions) and again["patient"].isna().all()
 
 
 def test_answers_follow_the_frozen_threshold(made):
@@ -77,14 +78,14 @@ def test_card_escapes_what_a_stranger_wrote(made):
 
 
 def test_strange_pictures_are_told_apart(made):
-    from cxr_course import prediction
+    from cxr_course import reference
     _, store, bundle = made
     films = store.array("test")[..., 0]
     aspect = (store.frame["width"] / store.frame["height"]).to_numpy(float)[store.rows("test")]
     seen = bundle.card["seen"]
-    assert not all(prediction.unlike(prediction.traits(films, aspect, seen["typical"]), seen))
-    assert all("brightness" in words for words in prediction.unlike(prediction.traits(films * 0 + 1, aspect, seen["typical"]), seen))
-    assert all("aspect" in words for words in prediction.unlike(prediction.traits(films, aspect * 3, seen["typical"]), seen))
+    assert not all(reference.ood_reasons(reference.image_stats(films, aspect, seen["typical"]), seen))
+    assert all("brightness" in words for words in reference.ood_reasons(reference.image_stats(films * 0 + 1, aspect, seen["typical"]), seen))
+    assert all("aspect" in words for words in reference.ood_reasons(reference.image_stats(films, aspect * 3, seen["typical"]), seen))
 
 
 def test_bad_files_are_all_named(made, tmp_path):
@@ -127,11 +128,10 @@ def test_strangers_are_refused(made, tmp_path):
     with pytest.raises(CourseError): prediction.load_bundle(tmp_path / "nowhere")
 
 
-def test_finish_keeps_the_card(made):
+def test_the_card_knows_the_training_images(made):
     run, store, bundle = made
     card = json.loads((run.folder / "card.json").read_text(encoding="utf8"))
-    assert {k: v for k, v in card.items() if k != "seen"} == run.card
-    assert card["seen"]["films"] == 24 and set(card["seen"]["limits"]) == {"aspect", "brightness", "contrast", "likeness"}
+    assert card == bundle.card and card["seen"]["images"] == 24 and set(card["seen"]["limits"]) == {"aspect", "brightness", "contrast", "likeness"}
 
 
 def test_patterns_and_folders(made, tmp_path):
@@ -142,3 +142,34 @@ def test_patterns_and_folders(made, tmp_path):
     assert len(prediction.expand(tmp_path)) == len(prediction.expand(tmp_path / "*.png")) == len(prediction.expand(str(tmp_path / "*.png"))) == 3
     assert prediction.expand([tmp_path / "2.png", tmp_path / "0.png"]) == [str(tmp_path / "2.png"), str(tmp_path / "0.png")]
     with pytest.raises(CourseError, match="no picture"): prediction.expand(tmp_path / "*.dcm")
+
+
+@pytest.mark.parametrize("kind, units, activation, labels", [("two", 1, "sigmoid", ["A", "B"]), ("two", 2, "softmax", ["A", "B"]), ("three", 3, "softmax", ["A", "B", "C"]), ("findings", 2, "sigmoid", ["Effusion", "Mass"])])
+def test_a_model_from_elsewhere_becomes_a_bundle(kind, units, activation, labels, tmp_path):
+    import keras
+
+    from cxr_course import pipelines, prediction, wrap
+    x = keras.Input((*SHAPE, 3))
+    maps = keras.layers.Conv2D(4, 3, activation="relu")(x)
+    original = keras.Model(x, keras.layers.Dense(units, activation=activation)(keras.layers.Flatten()(maps)))
+    store = pipelines.build(small_frame(tmp_path, kind), SHAPE, tmp_path / "store")
+    made = prediction.bundle_of(wrap.wrap(original, preprocessing="tf", labels=labels), labels, tmp_path / "theirs", findings=kind == "findings", seen=store)
+    tests = store.frame.query("split == 'test'")["path"]
+    got = prediction.predict(prediction.load_bundle(tmp_path / "theirs"), tests)
+    expected = np.asarray(original(np.repeat(store.array("test"), 3, -1) * 2 - 1, training=False))
+    assert np.abs(got[[f"p_{c}" for c in labels]].to_numpy()[:, -units:] - expected).max() < 1e-5 and got["meta_unlike"].notna().all()
+    assert core.Task.of(got).names == tuple(labels) and made.threshold == (None if kind == "three" else .5 if kind == "two" else {"Effusion": .5, "Mass": .5})
+    text = prediction.card(made)
+    for words in ("not for diagnosis", "trained: elsewhere", "not recorded here", "24 x 20", "likeness"): assert words in text
+    with pytest.raises(CourseError, match="never overwritten"): prediction.bundle_of(made.model, labels, tmp_path / "theirs", findings=kind == "findings")
+    with pytest.raises(CourseError, match="labels"): prediction.bundle_of(made.model, [*labels, "X"], tmp_path / "other", findings=True)
+    with pytest.raises(CourseError, match="with wrap"): prediction.bundle_of(original, labels, tmp_path / "other")
+    if kind == "three":
+        with pytest.raises(CourseError, match="largest probability"): prediction.bundle_of(made.model, labels, tmp_path / "other", threshold=.4)
+
+
+def test_half_a_bundle_is_none(tmp_path):
+    from cxr_course import prediction
+    for content, words in (("{}", "no finished run"), ("[1]", "no finished run"), ("{", "cannot be read"), (json.dumps(dict(format=2, elsewhere=True)), "no such model")):
+        (tmp_path / "card.json").write_text(content)
+        with pytest.raises(CourseError, match=words): prediction.load_bundle(tmp_path)

@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("keras")
 from sklearn import metrics
 
-from cxr_course import cnn, core, data, phantom, pipelines, shift, splits, training
+from cxr_course import cnn, core, data, phantom, pipelines, reference, shift, splits, training
 from cxr_course.core import CourseError
 
 SPEC = cnn.Spec((8, 8), (), padding="same", stride=2, last_pool=False, head="gap")
@@ -25,8 +25,19 @@ def store(films): return pipelines.build(splits.hold_out(films, .3), (32, 32))
 
 
 @pytest.fixture(scope="module")
-def run(store, tmp_path_factory):
-    return training.fit(cnn.build(SPEC, (32, 32, 1)), store, run=tmp_path_factory.mktemp("shift") / "run", epochs=1, optimizer="adam")
+def trained(store, tmp_path_factory):
+    made = training.fit(cnn.build(SPEC, (32, 32, 1)), store, run=tmp_path_factory.mktemp("shift") / "run", epochs=1, optimizer="adam")
+    if not (made.folder / "reference.npz").exists(): reference.write(made.folder, made.model, store, made.card)
+    return made
+
+
+@pytest.fixture(scope="module")
+def run(trained, tmp_path_factory):
+    "The same run, which has learned from none of these films: most tests look at all of them."
+    copy = tmp_path_factory.mktemp("forgetful") / "run"
+    shutil.copytree(trained.folder, copy)
+    pd.read_csv(copy / "images.csv").head(0).to_csv(copy / "images.csv", index=False)
+    return training.load_run(copy)
 
 
 def cloud(patients, films=1, shift=0., seed=0, own=1.):
@@ -99,7 +110,7 @@ def test_one_source_is_refused(films):
     for call in (lambda: shift.leave_out(alone, "A"), lambda: shift.ask_source(alone)):
         with pytest.raises(CourseError, match="only one source"): call()
     with pytest.raises(CourseError, match="no source"): shift.leave_out(films, "Z")
-    assert core.classes(shift.ask_source(films)) == ["A", "B", "C"]
+    assert core.Task.of(shift.ask_source(films)).names == ("A", "B", "C")
 
 
 def test_balanced_draws_training_only(films):
@@ -135,13 +146,13 @@ def test_every_patient_counts_once():
 
 def test_four_patients_against_seven_are_enough():
     (x, who), (y, there) = cloud(4), cloud(7, seed=1, shift=9.)
-    old, new = (shift.Look(f, np.c_[f[:, :1] * 0 + c, 1 - f[:, :1] * 0 - c], k, k) for f, k, c in ((x, who, .2), (y, there, .9)))
+    old, new = (reference.Embedding(f, np.c_[f[:, :1] * 0 + c, 1 - f[:, :1] * 0 - c], k, k) for f, k, c in ((x, who, .2), (y, there, .9)))
     assert shift.compare(old, new).shift
 
 
 def test_monitor_end_to_end(run, store, films, tmp_path):
-    known = shift.reference(run)
-    assert set(known.paths) == set(store.frame.query("split == 'val'")["path"]) and all((a == b).all() for a, b in zip(known, shift.reference(run.folder)))
+    known = reference.load_reference(run.folder)
+    assert set(known.paths) == set(store.frame.query("split == 'val'")["path"])
     folder = Path(films["path"].iloc[0]).parents[3]
     verdict = shift.monitor(run, folder, times=99)
     assert len(verdict.new.paths) == len(data.load(folder)) and not any("lung masks" in p for p in verdict.new.paths) and 0 < verdict.p <= 1
@@ -166,13 +177,14 @@ def test_an_inverted_film_is_a_shift_and_a_repeated_verdict_is_the_same(run, sto
     assert loud.shift and loud.apart.value > .9 and loud.p == shift.monitor(run, negative, times=199).p
 
 
-def test_films_that_taught_are_left_out(run, store):
-    marks = pd.read_csv(store.folder / "index.csv", dtype=str).set_index("path")["sha256"]
-    store.frame.assign(sha256=store.frame["path"].map(marks), split=store.frame["split"].where(store.frame["split"] == "train", "test"))[["path", "split", "sha256"]].to_csv(run.folder / "films.csv", index=False)
-    try:
-        assert set(shift.monitor(run, store, times=19).new.paths) == set(store.frame.query("split != 'train'")["path"])
-        with pytest.raises(CourseError, match="learned from every one"): shift.monitor(run, store.using(store.frame.query("split == 'train'").reset_index(drop=True)), times=19)
-    finally: (run.folder / "films.csv").unlink()
+def test_films_that_taught_are_left_out(trained, store, tmp_path):
+    copy = tmp_path / "run"
+    shutil.copytree(trained.folder, copy)
+    listed = pd.read_csv(copy / "images.csv", dtype=str)
+    assert set(listed["split"]) == {"train", "val", "test"}
+    listed.assign(split=listed["split"].where(listed["split"] == "train", "test")).to_csv(copy / "images.csv", index=False)
+    assert set(shift.monitor(copy, store, times=19).new.paths) == set(store.frame.query("split != 'train'")["path"])
+    with pytest.raises(CourseError, match="learned from every one"): shift.monitor(trained, store.using(store.frame.query("split == 'train'").reset_index(drop=True)), times=19)
 
 
 def test_folders(tmp_path, films):
@@ -182,18 +194,51 @@ def test_folders(tmp_path, films):
     shutil.copy(films["meta_lungs"].iloc[0], tmp_path / "lung masks" / "mask.png")
     for p in films["path"].head(3): (tmp_path / Path(p).name).write_bytes(Path(p).read_bytes())
     heap = shift.arrived(tmp_path, ["a", "b"])
-    assert len(heap) == 3 and heap["label"].isna().all() and core.classes(heap) == ["a", "b"]
+    assert len(heap) == 3 and heap["label"].isna().all() and core.Task.of(heap).names == ("a", "b")
+    asked = shift.arrived(tmp_path, ["Mass", "Nodule"], findings=True)
+    assert asked[["Mass", "Nodule"]].isna().all(axis=None) and core.Task.of(asked).findings and core.groups(asked).notna().all()
 
 
-def test_reference_without_its_films(run, tmp_path):
+def test_a_damaged_set_is_no_heap_of_pictures(tmp_path, films):
+    "A crash must not pass for 'no shift': only what carries no labels is read as a heap."
+    for p in films["path"].head(3): shutil.copy(p, tmp_path / Path(p).name)
+    (tmp_path / "labels.csv").write_text("file,dx\nnowhere.png,a\n")
+    with pytest.raises(CourseError) as error: shift.arrived(tmp_path, ["a", "b"])
+    assert "no layout" not in str(error.value) and "no picture" not in str(error.value)
+
+
+def test_a_store_through_a_view_is_a_store_like_any_other(store):
+    "Made by the store's own constructor: whatever a store keeps, the altered one keeps too."
+    through = shift.alter(store, "border only")
+    assert set(vars(store)) <= set(vars(through)) and through.shape == store.shape and len(through) == len(store)
+    assert (reference.image_hashes(through) == reference.image_hashes(store)).all()
+    twice = shift.Altered(through, lambda films, masks: 255 - films)
+    assert (twice.take() == 255 - through.take()).all() and (twice.using(store.frame.tail(3)).take() == twice.take()[-3:]).all()
+
+
+def test_the_monitor_of_a_model_of_findings(tmp_path):
+    "New images of unknown truth are read as findings, each with a probability of its own, as the reference was."
+    store = pipelines.build(splits.hold_out(data.load("sample-nih", unknown="image"), .3), (32, 32))
+    made = training.fit(cnn.build(SPEC, (32, 32, 1), 14), store, run=tmp_path / "run", epochs=1, optimizer="adam")
+    if not (made.folder / "reference.npz").exists(): reference.write(made.folder, made.model, store, made.card)
+    pd.read_csv(made.folder / "images.csv").head(0).to_csv(made.folder / "images.csv", index=False)      # so that all of them are new
+    (tmp_path / "heap").mkdir()
+    for p in store.frame["path"]: shutil.copy(p, tmp_path / "heap" / Path(p).name)
+    verdict = shift.monitor(made, tmp_path / "heap", times=49)
+    p = training.predict(made.model, store).assign(name=lambda t: t["path"].map(lambda f: Path(f).name)).set_index("name")
+    expected = p.loc[[Path(f).name for f in verdict.new.paths], [f"p_{c}" for c in made.card["labels"]]].to_numpy()
+    assert len(expected) == len(store) and np.allclose(verdict.new.probabilities, expected, atol=1e-4) and verdict.labels == tuple(made.card["labels"])
+
+
+def test_a_run_without_a_reference(trained, store, tmp_path):
     copy = tmp_path / "moved"
-    shutil.copytree(run.folder, copy)
-    (copy / "reference.npz").unlink(missing_ok=True)
-    p = pd.read_csv(copy / "predictions.csv")
-    p.assign(path="gone/" + p["path"]).to_csv(copy / "predictions.csv", index=False)
-    with pytest.raises(CourseError, match="no longer where they were"): shift.reference(copy)
+    shutil.copytree(trained.folder, copy)
     (copy / "reference.npz").write_bytes(b"nothing")
-    with pytest.raises(CourseError, match="cannot be read"): shift.reference(copy)
+    with pytest.raises(CourseError, match="cannot be read"): shift.monitor(copy, store, times=19)
+    (copy / "reference.npz").unlink()
+    with pytest.raises(CourseError, match="kept no reference"): shift.monitor(copy, store, times=19)
+    (copy / "images.csv").unlink()
+    with pytest.raises(CourseError, match="does not say what it has learned from"): shift.monitor(copy, store, times=19)
 
 
 def test_trial_and_bars(store, tmp_path):
