@@ -185,7 +185,7 @@ def _unit(pixels: np.ndarray) -> np.ndarray:
     "Bytes (b, h, w) as float32 (b, h, w, 1) in [0, 1]."
     return (pixels * np.float32(1 / 255))[..., None]
 
-# %% ../nbs/12_training.ipynb #5287fd8f
+# %% ../nbs/12_training.ipynb #4557e227
 class EpochScores(keras.metrics.Metric):
     "Loss, accuracy and AUC of the training images as they were shown, added up over an epoch."
     BINS, REACH = 2048, 16.            # of a histogram of logits: how many, and from -16 to 16
@@ -193,11 +193,12 @@ class EpochScores(keras.metrics.Metric):
     def __init__(self,
         outputs: int, # logits of the model
         findings: bool, # whether each logit is a finding of its own
-        loss, # a Keras loss, from logits
+        loss, # a Keras loss from logits, or a function of (y, logits)
         name: str = "accuracy", # of what `result` gives
     ):
         super().__init__(name=name)
-        self.outputs, self.classes, self.loss = outputs, outputs > 1 and not findings, loss
+        self.outputs, self.classes = outputs, outputs > 1 and not findings
+        self.loss = loss if isinstance(loss, keras.losses.Loss) else _Loss(loss)
         self.sums = self.add_variable((2,), "zeros", name="sums")                    # loss times images, images
         self.right = self.add_variable((2, outputs), "zeros", name="right")          # right, known
         self.bins = self.add_variable((outputs * self.BINS, 2), "zeros", name="bins") # images without it, with it
@@ -205,7 +206,7 @@ class EpochScores(keras.metrics.Metric):
     def update_state(self, y, z, sample_weight=None):
         ops = keras.ops
         size = ops.cast(ops.shape(z)[0], "float32")
-        self.sums.assign(self.sums + ops.stack([ops.cast(self.loss(y, z), "float32") * size, size]))
+        self.sums.assign(self.sums + ops.stack([_mean_loss(self.loss, y, z) * size, size]))
         y, z = ops.cast(y, "float32"), ops.cast(z, "float32")
         truth = ops.one_hot(ops.cast(y, "int32"), self.outputs) if self.classes else ops.reshape(y, (-1, self.outputs))
         known = ops.cast(ops.logical_not(ops.isnan(truth)), "float32")
@@ -233,7 +234,7 @@ class EpochScores(keras.metrics.Metric):
         found = [_auc_of_histogram(*part.T) for part in bins]
         return dict(loss=float(sums[0] / max(sums[1], 1)), accuracy=float(self.result()), auc=_mean_known(found))
 
-# %% ../nbs/12_training.ipynb #71dd92c1
+# %% ../nbs/12_training.ipynb #f71ac467
 def _auc_of_histogram(absent: np.ndarray, present: np.ndarray) -> float:
     "Chance that an image with a finding lies in a higher bin than one without it; the same bin counts one half."
     pairs = absent.sum() * present.sum()
@@ -243,6 +244,20 @@ def _auc_of_histogram(absent: np.ndarray, present: np.ndarray) -> float:
 def _mean_known(values: Iterable[float]) -> float:
     known = [v for v in values if not np.isnan(v)]
     return float(np.mean(known)) if known else float("nan")
+
+class _Loss(keras.losses.Loss):
+    "A function of truth and logits, as Keras wants a loss: one value an image."
+    def __init__(self, function: Callable):
+        super().__init__(name="loss")
+        self.function = function
+
+    def call(self, y, z):
+        return keras.ops.zeros_like(z[:, 0]) + self.function(y, z)
+
+def _mean_loss(loss: keras.losses.Loss, y, z):
+    "The loss of a batch, whatever other devices do: Keras divides it by their number."
+    ops = keras.ops
+    return ops.mean(ops.cast(loss.call(ops.cast(y, "float32"), ops.cast(z, "float32")), "float32"))
 
 # %% ../nbs/12_training.ipynb #2b3163de
 def validation(
@@ -305,7 +320,7 @@ class Learner(keras.Model):
     def agree(self, row: dict) -> dict: # the row of history that all processes go on with
         return row
 
-# %% ../nbs/12_training.ipynb #2fe6e087
+# %% ../nbs/12_training.ipynb #87202ab8
 def _layerwise(kind: type, rates: list[float]) -> type:
     "A kind of optimizer in which the i-th weight learns at the i-th share of the learning rate."
     class Layerwise(kind):
@@ -332,15 +347,6 @@ def _optimizer(chosen, lr: float | None, rates: list[float] | None, accumulate: 
         config["gradient_accumulation_steps"] = accumulate
     fresh = (_layerwise(type(plain), rates) if rates else type(plain)).from_config(config)
     return keras.optimizers.LossScaleOptimizer(fresh) if precision == "mixed_float16" else fresh
-
-class _Loss(keras.losses.Loss):
-    "A function of truth and logits, as Keras wants a loss."
-    def __init__(self, function: Callable):
-        super().__init__(name="loss")
-        self.function = function
-
-    def call(self, y, z):
-        return self.function(y, z)
 
 # %% ../nbs/12_training.ipynb #696ed1dc
 def learner(
@@ -510,7 +516,7 @@ def _agree(strategy, plan: dict) -> None:
         raise CourseError(f"the machines do not train the same thing: they differ in {', '.join(k for k, d in zip(plan, differs) if d)}",
                           None, "bring code, images and options of the first one to all of them, and start again")
 
-# %% ../nbs/12_training.ipynb #ebc8cc18
+# %% ../nbs/12_training.ipynb #f1386caf
 class SynchronousLearner(Learner):
     "A model that several processes train together: each takes its rows of every batch, and all take the same step."
     def __init__(self,
@@ -538,7 +544,7 @@ class SynchronousLearner(Learner):
         with tf.GradientTape() as tape:
             tape.watch(weights)
             z, rest, extra = self.model.stateless_call(weights, rest, x[start:stop], training=True, return_losses=True)
-            total = self.optimizer.scale_loss(weight * self.scores.loss(y[start:stop], z) + sum(extra) / n)
+            total = self.optimizer.scale_loss(weight * _mean_loss(self.scores.loss, y[start:stop], z) + sum(extra) / n)
         gradients = tape.gradient(total, weights, unconnected_gradients="zero")
         z = tf.pad(tf.cast(z, tf.float32) * some, [[start, size - stop], [0, 0]])
         means = [r / n if r.dtype.is_floating else tf.zeros_like(r) for r in rest]
@@ -695,7 +701,7 @@ def _refuse_labels(frame: pd.DataFrame, split: str, classes: int) -> None:
                           ", ".join(f"{k} {v}" for k, v in frame["label"].value_counts().items()),
                           "split again with a larger share, or bring more patients")
 
-# %% ../nbs/12_training.ipynb #c35fcd51
+# %% ../nbs/12_training.ipynb #86c124fc
 def _refuse_settings(model, plan: dict, optimizer, loss, rates: list[float] | None, strategy) -> None:
     "Raise on settings that `fit` cannot keep."
     for key, known in (("schedule", SCHEDULES), ("keep", KEEP), ("precision", ("float32", "mixed_bfloat16", "mixed_float16"))):
@@ -711,7 +717,7 @@ def _refuse_settings(model, plan: dict, optimizer, loss, rates: list[float] | No
         raise CourseError(f"{len(rates)} rates for {len(model.trainable_variables)} weights", None, "give one for each of model.trainable_variables, 0 or more")
     if plan["accumulate"] < 1:
         raise CourseError(f"accumulate={plan['accumulate']} batches cannot make a step", None, "give 1 or more")
-    if isinstance(getattr(optimizer, "_learning_rate", None), keras.optimizers.schedules.LearningRateSchedule):
+    if _scheduled(optimizer):
         raise CourseError("the optimizer brings a schedule of its own, and fit decides from the history", None, "give it a number, and choose `schedule`")
     if strategy is not None and _place(strategy)[1] == 1 and plan["precision"] != "float32":
         raise CourseError("half the digits on several devices of one machine has not been tried", None, "use precision='float32' there")
@@ -795,13 +801,17 @@ class _Given:
     callbacks: list
     each: Callable | None
 
-def _first_rate(lr: float | None, optimizer) -> float:
-    if lr is not None or optimizer is None or isinstance(optimizer, str):
-        return 1e-3 if lr is None else lr
-    return float(getattr(optimizer, "inner_optimizer", optimizer).get_config()["learning_rate"]) if not _scheduled(optimizer) else 0.
-
 def _scheduled(optimizer) -> bool:
-    return isinstance(getattr(optimizer, "_learning_rate", None), keras.optimizers.schedules.LearningRateSchedule)
+    inner = getattr(optimizer, "inner_optimizer", optimizer)
+    return isinstance(getattr(inner, "_learning_rate", None), keras.optimizers.schedules.LearningRateSchedule)
+
+def _first_rate(lr: float | None, optimizer) -> float:
+    "The learning rate at the start: what was said, or what the optimizer brings."
+    if lr is not None or _scheduled(optimizer):
+        return lr
+    if isinstance(optimizer, keras.optimizers.Optimizer):
+        return float(getattr(optimizer, "inner_optimizer", optimizer).learning_rate.numpy())
+    return 1e-3
 
 def _describe(part) -> str | None:
     "In words that a card can hold: a layer, a loss or an optimizer with its settings, of a plain function the name."

@@ -18,7 +18,7 @@ def films(folder, n=4, findings=False):
         Image.fromarray((np.random.default_rng(i).random((20 + i, 24)) * 255).astype(np.uint8)).save(path)
         truth = dict(Effusion=float(i % 2), Mass=np.nan) if findings else dict(label="NORMAL" if i % 2 else "SICK")
         rows.append(dict(path=str(path), patient=f"p{i}", split="test" if i == n - 1 else "train", **truth))
-    return core.frame(rows, labels=None if findings else ["NORMAL", "SICK"])
+    return core.frame(rows, labels=None if findings else ["NORMAL", "SICK"], findings=["Effusion", "Mass"] if findings else None)
 
 
 @pytest.mark.parametrize("change", [dict(turn=30.), dict(zoom=1.4), dict(right=.2, down=-.1), dict(mirror=-1., turn=10.)])
