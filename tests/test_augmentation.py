@@ -7,7 +7,7 @@ from PIL import Image
 from cxr_course import core
 from cxr_course.core import CourseError
 
-keras = pytest.importorskip("keras")
+import keras
 from cxr_course.augmentation import Augment, affine, over_seeds, write_copies
 
 
@@ -18,7 +18,7 @@ def films(folder, n=4, findings=False):
         Image.fromarray((np.random.default_rng(i).random((20 + i, 24)) * 255).astype(np.uint8)).save(path)
         truth = dict(Effusion=float(i % 2), Mass=np.nan) if findings else dict(label="NORMAL" if i % 2 else "SICK")
         rows.append(dict(path=str(path), patient=f"p{i}", split="test" if i == n - 1 else "train", **truth))
-    return core.frame(rows, labels=None if findings else ["NORMAL", "SICK"])
+    return core.frame(rows, labels=None if findings else ["NORMAL", "SICK"], findings=["Effusion", "Mass"] if findings else None)
 
 
 @pytest.mark.parametrize("change", [dict(turn=30.), dict(zoom=1.4), dict(right=.2, down=-.1), dict(mirror=-1., turn=10.)])
@@ -47,7 +47,7 @@ def test_copies_are_of_training_films_alone_and_repeat_exactly(tmp_path, finding
     copies = one[one["meta_copy_of"].notna()]
     assert copies["patient"].tolist() == [p for p in frame["patient"][:3] for _ in range(2)]
     assert all((tmp_path / "one" / p.name).read_bytes() == p.read_bytes() for p in (tmp_path / "two").glob("*.png"))
-    assert core.classes(one) == core.classes(frame)
+    assert core.Task.of(one) == core.Task.of(frame)
     assert len(pd.read_csv(tmp_path / "one" / "copies.csv")) == 6
 
 
