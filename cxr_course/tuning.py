@@ -143,9 +143,10 @@ def hypermodel(
             images = pipelines.stream(store, "train", batch=batch, shuffle=_seed(own, "order", initial_epoch))
             judge = ValidationAUC(store, self.folder and Path(self.folder, f"val-{self.run}.npy"))
             stop = keras.callbacks.EarlyStopping("val_loss", patience=patience)
-            epochs = model.fit(images, callbacks=[judge, stop, *callbacks], initial_epoch=initial_epoch, **options).epoch
+            history = model.fit(images, shuffle=False, callbacks=[judge, stop, *callbacks],
+                                initial_epoch=initial_epoch, **options)
             self.run += 1
-            return dict(val_auc=judge.auc, val_loss=judge.loss, epochs=len(epochs))
+            return dict(val_auc=judge.auc, val_loss=judge.loss, epochs=len(history.epoch))
     return Network(name="network")
 
 # %% ../nbs/16_tuning.ipynb #262cc629
@@ -216,8 +217,6 @@ def _tuner(method: str, network, folder: Path, plan: dict, n: int, budget: _Budg
     class Tuner(base):
         def pre_create_trial(self):
             budget.check()
-            if method == "bayesian" and isinstance(self.oracle, kt.Oracle):
-                self.oracle._random_state = np.random.RandomState(_seed(plan["seed"], "draw", len(self.oracle.trials)))
 
         def run_trial(self, trial, *args, **options):
             folder = self.get_trial_dir(trial.trial_id)
@@ -263,10 +262,12 @@ def _tell(folder: str, trial_id: str) -> None:
 
 @contextlib.contextmanager
 def _quiet():
-    "Without TensorFlow's remark that it compiles anew for each network, and scikit-learn's on its Gaussian process."
+    "Without remarks on compiling anew and on the Gaussian process, and without tracebacks: reasons stand in the table."
+    from keras_tuner.src import config
     log = logging.getLogger("tensorflow")
-    before = log.level
+    before, debug = log.level, config.DEBUG
     log.setLevel(logging.ERROR)
+    config.DEBUG = False
     gc.freeze()      # keras-tuner collects garbage before each trial: only what the search itself leaves
     try:
         with warnings.catch_warnings():
@@ -275,6 +276,7 @@ def _quiet():
     finally:
         gc.unfreeze()
         log.setLevel(before)
+        config.DEBUG = debug
 
 # %% ../nbs/16_tuning.ipynb #7426e786
 def _stores(store, folds: int | None, seed: int) -> list:
