@@ -87,7 +87,7 @@ def _mean_auc(task: Task, truth: np.ndarray, p: np.ndarray) -> float:
     each = [evaluation.auc(truth[:, i], p[:, i]) for i in asked]
     return float(np.mean([a for a in each if not np.isnan(a)] or [np.nan]))
 
-# %% ../nbs/16_tuning.ipynb #8f7ddad5
+# %% ../nbs/16_tuning.ipynb #d654c324
 class ValidationAUC(keras.callbacks.Callback):
     "After every epoch: loss and AUC on validation, counted by pairs, for the callbacks that follow and for the history."
     def __init__(self,
@@ -103,7 +103,8 @@ class ValidationAUC(keras.callbacks.Callback):
     def on_epoch_end(self, epoch: int, logs: dict) -> None:
         batches = pipelines.stream(self.store, "val", batch=64)
         z = np.concatenate([np.asarray(self.model(x, training=False)) for x, _ in batches])
-        p, loss = cnn.probabilities(z, self.task.findings), float(training.cross_entropy(self.truth, z))
+        p = cnn.probabilities(z, self.task.findings)
+        loss = float(np.mean(training.cross_entropy(self.truth, z)))
         logs |= dict(val_loss=loss, val_auc=_mean_auc(self.task, self.indicators, p))
         if not np.isfinite(loss + logs["loss"]):
             raise _keras_tuner().errors.FailedTrialError(f"the loss is no longer a number in epoch {epoch + 1}")
