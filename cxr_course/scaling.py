@@ -6,17 +6,9 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import importlib
 import json
 import os
-import shutil
-import signal
-import socket
-import threading
-from collections.abc import Callable, Iterable, Iterator
-from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -24,10 +16,10 @@ import pandas as pd
 
 from . import pipelines
 from .core import CourseError, atomic
+from .ray_engine import import_ray, ray_session
 
 # %% auto #0
-__all__ = ['amdahl', 'devices', 'ray_session', 'stamp', 'worker_strategy', 'distributed_train', 'launch', 'distributed_decode',
-           'distributed_search']
+__all__ = ['amdahl', 'devices', 'distributed_decode', 'distributed_search']
 
 # %% ../nbs/22_scaling.ipynb #ca7f0af0
 def amdahl(
@@ -46,218 +38,38 @@ def devices(
     if tf.config.list_physical_devices("GPU"):
         return tf.distribute.MirroredStrategy([c.name for c in tf.config.list_logical_devices("GPU")])
     processor = tf.config.list_physical_devices("CPU")[0]
-    with contextlib.suppress(RuntimeError):                                # TensorFlow has begun; it sees what it sees
+    with contextlib.suppress(RuntimeError):          # TensorFlow has begun; it sees what it sees
         tf.config.set_logical_device_configuration(processor, [tf.config.LogicalDeviceConfiguration()] * n)
     found = [d.name for d in tf.config.list_logical_devices("CPU")]
     if len(found) < n:
-        raise CourseError(f"TensorFlow has already begun with {len(found)} processor{'s' * (len(found) > 1)}", None,
+        raise CourseError(f"TensorFlow has already begun with {len(found)} of {n} processors", None,
                           "call devices() before anything else uses TensorFlow, or start Python anew")
     return tf.distribute.MirroredStrategy(found[:n])
 
-# %% ../nbs/22_scaling.ipynb #ray00001
-_SETTINGS = dict(RAY_USAGE_STATS_ENABLED="0", RAY_CHDIR_TO_TRIAL_DIR="0", RAY_TRAIN_METRICS_ENABLED="0",
-                 RAY_TRAIN_HEALTH_CHECK_INTERVAL_S=".5", RAY_TRAIN_ENABLE_PREEMPTION_WATCHER="0",
-                 RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S="300", RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0",
-                 RAY_AIR_NEW_OUTPUT="0", TUNE_DISABLE_AUTO_CALLBACK_LOGGERS="1", TF_CPP_MIN_LOG_LEVEL="3")
-_LOOPBACK = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"       # Ray's switch "clusters are possible here"; 0: nothing but loopback
-
-def _ray(*parts: str):
-    "Ray or some of its modules, or a word about how to get them."
-    for name, value in _SETTINGS.items(): os.environ.setdefault(name, value)
-    try: found = [importlib.import_module(name) for name in ("ray", *parts)]
-    except ImportError as e:
-        raise CourseError(f"this needs Ray, and {e.name or 'a part of it'} is missing", None,
-                          'install it with pip install "cxr-course[scale]"') from e
-    return found if parts else found[0]
-
-# %% ../nbs/22_scaling.ipynb #ray00002
-@contextlib.contextmanager
-def ray_session(
-    workers: int = 2, # processes at a time, where Ray is started here
-    address: str | None = None, # of a running cluster, 'auto' or 'host:6379'; default: start Ray on this machine, on loopback only
-) -> Iterator:
-    "Ray for the length of a block: the one that runs already, a cluster, or a new one on this machine."
-    if workers < 1: raise CourseError(f"{workers} workers", None, "ask for 1 or more")
-    if address is None: os.environ.setdefault(_LOOPBACK, "0")              # read by Ray when it is first imported
-    ray = _ray()
-    if ray.is_initialized():
-        yield ray
-        return
-    here = dict(num_cpus=workers, include_dashboard=False, _node_ip_address="127.0.0.1")
-    try: ray.init(address or "local", log_to_driver=False, logging_level="ERROR", **({} if address else here))
-    except (ConnectionError, RuntimeError, ValueError, OSError) as e:
-        raise CourseError(f"no Ray to work with ({str(e).splitlines()[0]})", address or "this machine",
-                          "start the cluster first (`ray status` tells), or leave the address out") from e
-    try: yield ray
-    finally: ray.shutdown()
-
-# %% ../nbs/22_scaling.ipynb #cb6a6f5a
-def stamp() -> dict[str, str]: # name -> fingerprint or version
-    "What must be equal on all machines: the course's code and the versions of what it stands on."
-    mark, home = hashlib.sha256(), Path(find_spec("cxr_course").origin).parent
-    for file in sorted(home.rglob("*.py")):
-        mark.update(file.relative_to(home).as_posix().encode() + b"\0" + file.read_bytes())
-    found = {"code": mark.hexdigest()[:16]}
-    for name in ("tensorflow", "keras", "numpy"):
-        try: found[name] = version(name)
-        except PackageNotFoundError: found[name] = "missing"
-    return found
-
-# %% ../nbs/22_scaling.ipynb #ray00007
-class _Lines:
-    "A text file that sends each finished line to a queue."
-    def __init__(self, queue): self.queue, self.rest = queue, ""
-
-    def write(self, text: str) -> int:
-        *lines, self.rest = (self.rest + text).split("\n")
-        for line in lines: self.queue.put(line)
-        return len(text)
-
-    def flush(self) -> None: pass
-
-def _tell(queue, say: Callable[[str], None], done: threading.Event) -> None:
-    "Pass on what comes through a queue, until the work is done and the queue is empty."
-    while not (done.is_set() and queue.empty()):
-        try: say(queue.get(timeout=.5))
-        except Exception as e:
-            if type(e).__name__ != "Empty": return                         # Ray has gone
-
-# %% ../nbs/22_scaling.ipynb #ray00010
-_strategy = None                                                           # of a process that `distributed_train` started
-
-def _killed(run: Path) -> bool:
-    "Whether a training of that name has left finished epochs."
-    return (run.with_name(f".{run.name}.partial") / "state.npz").exists()
-
-def _work(told: dict) -> None:
-    "What each worker does."
-    global _strategy
-    if differ := [k for k, v in stamp().items() if told["stamp"].get(k) != v]:
-        raise CourseError(f"{socket.gethostname()} has another {', '.join(differ)}", None,
-                          "install the same version of the course and its requirements on all machines")
-    import logging
-    os.environ.pop("TF_USE_LEGACY_KERAS", None)                            # Ray sets it; the course's models are Keras 3's
-    import tensorflow as tf
-    logging.getLogger("tensorflow").setLevel(logging.ERROR)
-    _strategy = tf.distribute.MultiWorkerMirroredStrategy()
-    first = _strategy.cluster_resolver.task_id == 0
-    with open(os.devnull, "w") as silence, contextlib.redirect_stdout(_Lines(told["queue"]) if first else silence):
-        told["job"](_strategy, _killed(Path(told["run"])))
-
-# %% ../nbs/22_scaling.ipynb #ray00011
-def worker_strategy(): # a tf.distribute strategy; None in a process that trains alone
-    "The strategy that `distributed_train` started this process with."
-    return _strategy
-
-# %% ../nbs/22_scaling.ipynb #ray00012
-def _watcher(queue):
-    "A callback of Ray Train: tells of each death, and ends the training after an error in words."
-    from ray.exceptions import RayActorError
-    from ray.train import UserCallback
-    class Watcher(UserCallback):
-        def after_exception(self, run_context, worker_exceptions):
-            if words := [e for e in worker_exceptions.values() if isinstance(e, CourseError)]: raise words[0]
-            dead = [str(i) for i, e in worker_exceptions.items() if isinstance(e, RayActorError)]
-            what = f"worker {', '.join(dead)} was killed" if dead else f"failed: {list(worker_exceptions.values())[0]}"
-            queue.put(f"{what}; the others were stopped")
-    return Watcher()
-
-def _in_words(error, run: Path) -> Exception:
-    "What the user should hear of a failed training."
-    from ray.exceptions import RayActorError
-    causes = [*getattr(error, "worker_failures", {}).values(), getattr(error, "controller_failure", None)]
-    if words := [e for e in causes if isinstance(e, CourseError)]: return words[0]
-    if not any(isinstance(e, RayActorError) for e in causes): return error
-    return CourseError("workers were killed again and again, perhaps because memory was short", run,
-                       "ask for fewer workers or smaller batches, and go on with resume: finished epochs are kept")
-
-# %% ../nbs/22_scaling.ipynb #ray00025
-def _uninterrupted(work: Callable):
-    "Run what sets its own handler of Ctrl-C, and put ours back."
-    main = threading.current_thread() is threading.main_thread()
-    before = signal.getsignal(signal.SIGINT)
-    try: return work()
-    finally:
-        if main: signal.signal(signal.SIGINT, before)
-
-# %% ../nbs/22_scaling.ipynb #ray00013
-def distributed_train(
-    job: Callable, # of (strategy, resume): builds a model and calls `training.fit` with both, and with `run`
-    run: str | Path, # the run folder that the job makes, on a disk that all workers see
-    workers: int = 2, # processes that share each batch
-    *,
-    address: str | None = None, # of a running cluster; default: this machine
-    restarts: int = 3, # how often to start again after a worker died
-    resume: bool = False, # go on with a run that was killed earlier
-    say: Callable[[str], None] = print, # told what the first worker prints, and who died
-) -> None:
-    "Train in several processes, and start again from the last finished epoch when one of them dies."
-    run = Path(run).resolve()
-    if _killed(run) and not resume:
-        raise CourseError("a killed run lies here unfinished", run, "continue it with resume=True, or remove it")
-    with ray_session(workers, address) as ray:
-        _, train, tensorflow, queues = _ray("ray.train", "ray.train.tensorflow", "ray.util.queue")
-        queue, done, desk = queues.Queue(actor_options=dict(num_cpus=0)), threading.Event(), run.with_name(f".{run.name}.ray")
-        how = train.RunConfig(name="train", storage_path=str(desk), callbacks=[_watcher(queue)],
-                              failure_config=train.FailureConfig(max_failures=restarts, controller_failure_limit=1))
-        cards = ray.cluster_resources().get("GPU", 0) >= workers
-        trainer = tensorflow.TensorflowTrainer(
-            _work, train_loop_config=dict(job=job, run=str(run), queue=queue, stamp=stamp()), run_config=how,
-            scaling_config=train.ScalingConfig(num_workers=workers, use_gpu=cards, resources_per_worker={"CPU": 1}))
-        listener = threading.Thread(target=_tell, args=(queue, say, done), daemon=True)
-        listener.start()
-        try: _uninterrupted(trainer.fit)
-        except train.TrainingFailedError as e: raise _in_words(e, run) from None
-        finally:
-            done.set()
-            listener.join(timeout=5)
-            queue.shutdown(force=True)
-            shutil.rmtree(desk, ignore_errors=True)
-
-# %% ../nbs/22_scaling.ipynb #ray00014
-def launch(
-    words: Iterable[str], # the training command, from 'train' on, with --out
-    workers: int = 2, # processes that share each batch
-    *,
-    program: Callable[[list[str]], object], # what a worker does with the words; it takes its strategy from `worker_strategy`
-    address: str | None = None, # of a running cluster; default: this machine
-    restarts: int = 3, # how often to start again after a worker died
-    say: Callable[[str], None] = print, # told what the first worker prints, and who died
-) -> None:
-    "Run a training command in several processes or on the hosts of a cluster."
-    words = list(words)
-    named = [b for a, b in zip(words, words[1:]) if a == "--out"] + [w[6:] for w in words if w.startswith("--out=")]
-    if not named:
-        raise CourseError("the launcher must know where the run goes", " ".join(words), "add --out FOLDER to the training command")
-    if workers < 2: raise CourseError(f"{workers} worker shares nothing", None, "ask for at least 2, or train without the launcher")
-    bare = [w for w in words if w != "--resume"]
-    def job(strategy, resume): program(bare + ["--resume"] * resume)
-    distributed_train(job, named[-1], workers, address=address, restarts=restarts, resume="--resume" in words, say=say)
-
 # %% ../nbs/22_scaling.ipynb #ray00019
-def _remote_decode(ray) -> Callable:
+def _remote_decode(ray, workers: int) -> Callable:
     "A function like the one of `pipelines` that decodes one image, which asks a worker."
     task = ray.remote(num_cpus=1, max_retries=3)(pipelines._one)
     def decode(path: str, shape: tuple[int, int]):
         try: return ray.get(task.remote(os.path.abspath(path) if "::" not in path else path, shape))
         except ray.exceptions.WorkerCrashedError as e:
-            raise CourseError("decoding this image kills its process", path, "leave it out of the frame") from e
+            raise CourseError("decoding this image kills its process", path, "leave it out") from e
     return decode
 
 # %% ../nbs/22_scaling.ipynb #41cf78ee
 def distributed_decode(
     frame: pd.DataFrame, # a frame of images
     shape: tuple[int, int], # (h, w) of the stored images, in pixels
-    folder: str | Path | None = None, # where the store goes; default: the cache, where `pipelines.build` finds it
+    folder: str | Path | None = None, # where the store goes; default: the cache
     workers: int = 2, # images decoded at a time, on all hosts together
     *,
-    address: str | None = None, # of a running cluster, whose hosts see the files under the same names; default: this machine
+    address: str | None = None, # of a running cluster that sees the same files; default: this machine
     skip_bad: bool = False, # go on without images that cannot be read
 ): # the store, byte for byte the one of `pipelines.build`
     "Decode images with several processes or hosts; what a killed run had done is not done again."
     with ray_session(workers, address) as ray:
         ours = pipelines._one
-        pipelines._one = _remote_decode(ray)                               # in transition: build(..., decode=)
+        pipelines._one = _remote_decode(ray)         # in transition: build(..., decode=)
         try: return pipelines.build(frame, shape, folder, skip_bad, workers=2 * workers)
         finally: pipelines._one = ours
 
@@ -269,7 +81,8 @@ def _same_search(folder: Path, trials: list[dict]) -> None:
     if not file.exists():
         with atomic(file) as part: part.write_text(text)
     if file.read_text() != text:
-        raise CourseError("this folder holds a search with other trials", folder, "use the same list of trials, or another folder")
+        raise CourseError("this folder holds a search with other trials", folder,
+                          "use the same list of trials, or another folder")
 
 def _trial(objective: Callable, trials: list[dict]) -> Callable:
     "The function that Ray Tune calls for each trial."
@@ -285,13 +98,14 @@ def _row(trials: list[dict], result) -> dict:
     "What came of a trial."
     i, told = result.config["trial"], result.metrics or {}
     reason = "its process died" if result.error else told.get("reason", "no time was left")
-    return dict(trial=i, **trials[i], score=told.get("score", np.nan), status="failed" if reason else "done", reason=reason)
+    status, score = "failed" if reason else "done", told.get("score", np.nan)
+    return dict(trial=i, **trials[i], score=score, status=status, reason=reason)
 
 # %% ../nbs/22_scaling.ipynb #ray00021
 def distributed_search(
-    objective: Callable[[dict], float], # from the values of a trial to its score on validation; more is better
+    objective: Callable[[dict], float], # from a trial's values to its score on validation; more is better
     trials: list[dict], # the values of each
-    folder: str | Path, # of the search, on a disk that all workers see; a search that was killed goes on from it
+    folder: str | Path, # of the search, on a disk that all workers see; a killed search goes on
     workers: int = 2, # trials at a time
     *,
     address: str | None = None, # of a running cluster; default: this machine
@@ -301,14 +115,18 @@ def distributed_search(
     folder = Path(folder).resolve()
     _same_search(folder, trials)
     with ray_session(workers, address):
-        _, tune = _ray("ray.tune")
+        _, tune = import_ray("ray.tune")
         trial = tune.with_resources(_trial(objective, trials), {"cpu": 1})
-        if tune.Tuner.can_restore(str(folder / "ray")): tuner = tune.Tuner.restore(str(folder / "ray"), trial)
+        if tune.Tuner.can_restore(str(folder / "ray")):
+            tuner = tune.Tuner.restore(str(folder / "ray"), trial)
         else:
-            once = tune.RunConfig(name="ray", storage_path=str(folder), verbose=0, failure_config=tune.FailureConfig(max_failures=1))
+            numbers = {"trial": tune.grid_search(list(range(len(trials))))}
             limits = tune.TuneConfig(max_concurrent_trials=workers, time_budget_s=minutes and 60 * minutes)
-            tuner = tune.Tuner(trial, param_space={"trial": tune.grid_search(list(range(len(trials))))}, tune_config=limits, run_config=once)
-        found = pd.DataFrame([_row(trials, r) for r in _uninterrupted(tuner.fit)])
+            once_more = tune.FailureConfig(max_failures=1)    # after a death: `_trial` reports all else
+            kept = tune.RunConfig(name="ray", storage_path=str(folder), verbose=0, failure_config=once_more)
+            tuner = tune.Tuner(trial, param_space=numbers, tune_config=limits, run_config=kept)
+        found = pd.DataFrame([_row(trials, result) for result in tuner.fit()])
     if (found["status"] == "failed").all():
-        raise CourseError(f"all {len(found)} trials failed", folder, f"see to the cause first: {found['reason'].mode()[0]}")
+        raise CourseError(f"all {len(found)} trials failed", folder,
+                          f"see to the cause first: {found['reason'].mode()[0]}")
     return found.sort_values("trial", ignore_index=True)
