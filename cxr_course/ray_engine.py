@@ -44,7 +44,7 @@ def import_ray(
         raise CourseError(f"this needs Ray, and {e.name or 'a part of it'} is missing", None,
                           'install it with pip install "cxr-course[scale]"') from e
 
-# %% ../nbs/ray_engine.ipynb #d5912995
+# %% ../nbs/ray_engine.ipynb #e0aa66c0
 @contextlib.contextmanager
 def ray_session(
     workers: int = 2, # processes at a time, where Ray is started here
@@ -61,10 +61,19 @@ def ray_session(
     try: yield ray
     finally: ray.shutdown()
 
+def _refuse_absent(address: str) -> None:
+    "Raise at once where nobody answers, instead of a minute later."
+    host, _, port = address.rpartition(":")
+    if address == "auto" or "://" in address: return
+    try: socket.create_connection((host, int(port)), timeout=5).close()
+    except (OSError, ValueError) as e:
+        raise CourseError("no Ray cluster answers", address, "write host:port; `ray status` tells whether it runs") from e
+
 def _start(ray, workers: int, address: str | None) -> None:
+    if address: _refuse_absent(address)
     here = dict(num_cpus=workers, include_dashboard=False, _node_ip_address="127.0.0.1")
     options = dict(log_to_driver=False, logging_level="ERROR") | ({} if address else here)
-    for again in (True, False):                      # a busy machine may need a second attempt
+    for again in (2, 1, 0):                          # a busy machine may need another attempt
         try: return ray.init(address or "local", **options)
         except Exception as e:                       # Ray raises `Exception` itself
             ray.shutdown()

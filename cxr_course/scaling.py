@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -48,30 +48,44 @@ def devices(
 
 # %% ../nbs/22_scaling.ipynb #ray00019
 def _remote_decode(ray, workers: int) -> Callable:
-    "A function like the one of `pipelines` that decodes one image, which asks a worker."
-    task = ray.remote(num_cpus=1, max_retries=3)(pipelines._one)
-    def decode(path: str, shape: tuple[int, int]):
-        try: return ray.get(task.remote(os.path.abspath(path) if "::" not in path else path, shape))
-        except ray.exceptions.WorkerCrashedError as e:
-            raise CourseError("decoding this image kills its process", path, "leave it out") from e
+    "What `pipelines.build` takes as `decode`: every shard is decoded by some worker, a bounded number at a time."
+    shard = getattr(pipelines, "decode_shard", _one_alone)            # in transition: pipelines.decode_shard
+    task = ray.remote(num_cpus=1, max_retries=3)(shard)
+    def decode(shards: list[list[str]], shape: tuple[int, int]) -> Iterator[tuple]:
+        waiting: deque = deque()
+        for paths in shards:
+            waiting.append(task.remote(paths, shape, 1))
+            if len(waiting) >= 2 * workers: yield _given(ray, waiting.popleft())
+        while waiting: yield _given(ray, waiting.popleft())
     return decode
+
+def _given(ray, answer):
+    try: return ray.get(answer)
+    except ray.exceptions.WorkerCrashedError as e:
+        raise CourseError("a decoding process was killed four times, perhaps because memory was short", None,
+                          "run it again with fewer workers: finished shards are not decoded twice") from e
+
+def _one_alone(paths, shape, workers): return pipelines._one(paths[0], shape)                # in transition
+
+def _build(frame, shape, folder, skip_bad, decode, workers):                                  # in transition
+    if hasattr(pipelines, "decode_shard"): return pipelines.build(frame, shape, folder, skip_bad, decode=decode)
+    ours, pipelines._one = pipelines._one, lambda path, shape: next(decode([[path]], shape))
+    try: return pipelines.build(frame, shape, folder, skip_bad, workers=2 * workers)
+    finally: pipelines._one = ours
 
 # %% ../nbs/22_scaling.ipynb #41cf78ee
 def distributed_decode(
     frame: pd.DataFrame, # a frame of images
     shape: tuple[int, int], # (h, w) of the stored images, in pixels
     folder: str | Path | None = None, # where the store goes; default: the cache
-    workers: int = 2, # images decoded at a time, on all hosts together
+    workers: int = 2, # shards decoded at a time, on all hosts together
     *,
     address: str | None = None, # of a running cluster that sees the same files; default: this machine
     skip_bad: bool = False, # go on without images that cannot be read
 ): # the store, byte for byte the one of `pipelines.build`
     "Decode images with several processes or hosts; what a killed run had done is not done again."
     with ray_session(workers, address) as ray:
-        ours = pipelines._one
-        pipelines._one = _remote_decode(ray)         # in transition: build(..., decode=)
-        try: return pipelines.build(frame, shape, folder, skip_bad, workers=2 * workers)
-        finally: pipelines._one = ours
+        return _build(frame, shape, folder, skip_bad, _remote_decode(ray, workers), workers)
 
 # %% ../nbs/22_scaling.ipynb #ray00020
 def _same_search(folder: Path, trials: list[dict]) -> None:
