@@ -48,7 +48,7 @@ def devices(
 
 # %% ../nbs/22_scaling.ipynb #ray00019
 def _remote_decode(ray, workers: int) -> Callable:
-    "What `pipelines.build` takes as `decode`: every shard is decoded by some worker, a bounded number at a time."
+    "What `pipelines.build` takes as `decode`: workers decode the shards, a bounded number at a time."
     shard = getattr(pipelines, "decode_shard", _one_alone)            # in transition: pipelines.decode_shard
     task = ray.remote(num_cpus=1, max_retries=3)(shard)
     def decode(shards: list[list[str]], shape: tuple[int, int]) -> Iterator[tuple]:
@@ -68,7 +68,8 @@ def _given(ray, answer):
 def _one_alone(paths, shape, workers): return pipelines._one(paths[0], shape)                # in transition
 
 def _build(frame, shape, folder, skip_bad, decode, workers):                                  # in transition
-    if hasattr(pipelines, "decode_shard"): return pipelines.build(frame, shape, folder, skip_bad, decode=decode)
+    if hasattr(pipelines, "decode_shard"):
+        return pipelines.build(frame, shape, folder, skip_bad, decode=decode)
     ours, pipelines._one = pipelines._one, lambda path, shape: next(decode([[path]], shape))
     try: return pipelines.build(frame, shape, folder, skip_bad, workers=2 * workers)
     finally: pipelines._one = ours

@@ -182,7 +182,7 @@ def test_what_the_launcher_refuses_and_passes_on(tmp_path, monkeypatch):
 @needs_ray
 def test_nothing_listens_beyond_loopback(ray):
     import psutil
-    ray.get(ray.remote(os.getpid).remote())
+    ray.get(ray.remote(peak_mb).remote())
     family = [psutil.Process(), *psutil.Process().children(recursive=True)]
     heard = {c.laddr.ip.replace("::ffff:", "") for p in family for c in p.net_connections("inet") if c.status == "LISTEN"}
     assert heard and heard <= {"127.0.0.1", "::1"}
@@ -197,7 +197,7 @@ def test_without_ray_it_says_what_to_install(monkeypatch):
 def test_a_cluster_that_is_not_there():
     code = "from cxr_course import ray_engine\nwith ray_engine.ray_session(address='127.0.0.1:1'): pass"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 1 and "no Ray cluster answers" in done.stderr and "ray status" in done.stderr
+    assert done.returncode == 1 and "no Ray cluster answers" in done.stderr and "auto" in done.stderr
 
 
 # ---- decoding
@@ -233,14 +233,14 @@ def test_decoding_keeps_memory_flat(ray, tmp_path):
 
 # ---- the search
 
-TRIALS = [dict(lr=float(v)) for v in (1, 2, 3, 4, 5, 6)]
+TRIALS = [dict(lr=float(v)) for v in (1, 2, 3, 4)]
 
 
 def objective(folder):
     def score(values):
         if values["lr"] == 2: raise MemoryError("no room")
         if values["lr"] == 3: return float("nan")
-        if values["lr"] == 5 and not (folder / "died").exists():
+        if values["lr"] == 4 and not (folder / "died").exists():
             (folder / "died").touch()
             os.kill(os.getpid(), signal.SIGKILL)
         with open(folder / "done", "a") as f: f.write(f"{values['lr']:g} ")
@@ -251,11 +251,11 @@ def objective(folder):
 @needs_ray
 def test_failing_and_dying_trials_do_not_stop_a_search(ray, tmp_path):
     found = scaling.distributed_search(objective(tmp_path), TRIALS, tmp_path / "search")
-    assert found["status"].tolist() == ["done", "failed", "failed", "done", "done", "done"] and (tmp_path / "died").exists()
+    assert found["status"].tolist() == ["done", "failed", "failed", "done"] and (tmp_path / "died").exists()
     assert found["reason"].tolist()[:3] == ["", "MemoryError: no room", "the score is no number"]
-    assert found["score"].dropna().tolist() == [1, 4, 5, 6] and found["lr"].tolist() == [1, 2, 3, 4, 5, 6]
+    assert found["score"].dropna().tolist() == [1, 4] and found["lr"].tolist() == [1, 2, 3, 4]
     again = scaling.distributed_search(objective(tmp_path), TRIALS, tmp_path / "search")
-    assert again.equals(found) and sorted((tmp_path / "done").read_text().split()) == ["1", "4", "5", "6"]   # nothing twice
+    assert again.equals(found) and sorted((tmp_path / "done").read_text().split()) == ["1", "4"]   # nothing twice
     with pytest.raises(CourseError, match="other trials"): scaling.distributed_search(objective(tmp_path), TRIALS[:2], tmp_path / "search")
 
 
