@@ -44,7 +44,7 @@ def import_ray(
         raise CourseError(f"this needs Ray, and {e.name or 'a part of it'} is missing", None,
                           'install it with pip install "cxr-course[scale]"') from e
 
-# %% ../nbs/ray_engine.ipynb #35f8d68f
+# %% ../nbs/ray_engine.ipynb #d822fe89
 @contextlib.contextmanager
 def ray_session(
     workers: int = 2, # processes at a time, where Ray is started here
@@ -67,7 +67,7 @@ def _refuse_absent(address: str) -> None:
     if address == "auto" or "://" in address: return
     try: socket.create_connection((host, int(port)), timeout=5).close()
     except (OSError, ValueError) as e:
-        raise CourseError("no Ray cluster answers", address, "write host:port, or 'auto' on one of its hosts") from e
+        raise CourseError("no Ray cluster answers", address, "write host:port, or 'auto' on one of them") from e
 
 def _start(ray, workers: int, address: str | None) -> None:
     if address: _refuse_absent(address)
