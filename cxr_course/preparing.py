@@ -198,18 +198,20 @@ def _refuse_small_disk(n: int, shape: tuple[int, int]) -> None:
                        "free some space, set CXR_COURSE_CACHE to a folder on a larger disk, or choose a smaller shape",
                        "free some space, set CXR_COURSE_CACHE to a folder on a larger disk, or choose a smaller --size")
 
-# %% ../nbs/preparing.ipynb #871dc4bf
+# %% ../nbs/preparing.ipynb #2c471f55
 def _hashes(store: pipelines.Store) -> pd.Series:
     index = pd.read_csv(store.folder / "index.csv", dtype=str, keep_default_na=False)
     return store.frame["path"].map(index.set_index("path")["sha256"])
 
+def _thumbnail(store: pipelines.Store, i: int) -> np.ndarray:
+    return np.round(images.fit(store.take([i])[0] / np.float32(255), (32, 32)) * 255).astype(np.uint8)
+
 def _copies(store: pipelines.Store, near: bool) -> np.ndarray:
     "Which images (n,) have a copy on a side that judges more than theirs."
     rank = store.frame["split"].map({"test": 0, "val": 1, "train": 2})
-    copied = (rank > rank.groupby(_hashes(store)).transform("min")).to_numpy()
+    copied = (rank > rank.groupby(_hashes(store)).transform("min")).to_numpy(copy=True)
     if near:
-        thumbs = np.stack([images.fit(image, (32, 32)) for image in store.take() / np.float32(255)])
-        small = np.round(thumbs * 255).astype(np.uint8)
+        small = np.stack([_thumbnail(store, i) for i in range(len(store))])
         for pair in data.near_pairs(data.seen_as(small), small).itertuples():
             if rank[pair.a] != rank[pair.b]:
                 copied[pair.a if rank[pair.a] > rank[pair.b] else pair.b] = True
