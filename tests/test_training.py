@@ -12,14 +12,15 @@ import numpy as np
 import pandas as pd
 import pytest
 
-keras = pytest.importorskip("keras")
+import keras
 from PIL import Image
 
-from cxr_course import cnn, core, pipelines, training
+from cxr_course import cnn, core, evaluation, pipelines, training
 from cxr_course.core import CourseError
 
 SMALL = cnn.Spec((4, 8), (8,), dropout=.3)
-SAME = ["epoch", "loss", "val_loss", "val_auc", "lr"]
+COLUMNS = ["epoch", "loss", "accuracy", "auc", "val_loss", "val_accuracy", "val_auc", "lr", "seconds"]
+SAME = COLUMNS[:-1]
 
 
 def world(folder):
@@ -48,6 +49,7 @@ def run(store, tmp_path_factory):
 
 SCRIPT = """
     import os, signal, sys
+    signal.signal(signal.SIGINT, signal.default_int_handler)        # a background job ignores Ctrl-C, and so would its children
     from pathlib import Path
     sys.path.insert(0, {tests!r})
     import keras
@@ -98,9 +100,10 @@ def test_ctrl_c_before_the_first_epoch_is_over_leaves_nothing(store, tmp_path):
 
 
 def test_the_run_folder_and_its_card(run, store):
-    assert sorted(p.name for p in run.folder.iterdir()) == ["card.json", "history.csv", "logs", "model.keras", "predictions.csv"]
+    assert sorted(p.name for p in run.folder.iterdir()) == ["card.json", "history.csv", "images.csv", "logs", "model.keras", "predictions.csv", "reference.npz"]
+    assert run.card["format"] == 2 and run.card["seen"]["images"] == 24 and list(run.history) == COLUMNS
     assert run.card["labels"] == ["WELL", "ILL"] and run.card["preprocessing"]["shape"] == [24, 24]
-    assert run.card["data"]["splits"]["train"] == dict(films=24, patients=12, without_patient=0, WELL=12, ILL=12)
+    assert run.card["data"]["splits"]["train"] == dict(images=24, patients=12, without_patient=0, WELL=12, ILL=12)
     assert run.card["model"]["spec"]["dropout"] == .3 and 0 <= run.threshold <= 1.1
     assert run.predictions["patient"].str.startswith("0").all()                      # text stays text
     assert list(run.predictions["label"].cat.categories) == ["WELL", "ILL"]
@@ -119,11 +122,11 @@ def test_what_fit_refuses(run, store, tmp_path):
     with pytest.raises(CourseError, match="nothing to resume"): training.fit(small(), store, run=tmp_path / "a", resume=True)
     with pytest.raises(CourseError, match="not a choice"): training.fit(small(), store, run=tmp_path / "a", schedule="stairs")
     leaky = store.frame.copy()
-    leaky.loc[leaky["split"] == "val", "patient"] = leaky.loc[leaky["split"] == "train", "patient"].iloc[0]
+    leaky.loc[leaky["split"] == "val", ["patient", "group"]] = leaky.loc[leaky["split"] == "train", ["patient", "group"]].iloc[0].tolist()
     with pytest.raises(CourseError, match="share 1 patient"): training.fit(small(), store.using(leaky), run=tmp_path / "a")
     healthy = store.frame[~((store.frame["split"] == "val") & (store.frame["label"] == "ILL"))]
     with pytest.raises(CourseError, match="every class"): training.fit(small(), store.using(healthy), run=tmp_path / "a")
-    nameless = store.frame.assign(patient=None)
+    nameless = core.regroup(store.frame.assign(patient=None))
     with pytest.raises(CourseError, match="have no patient"): training.fit(small(), store.using(nameless), run=tmp_path / "a")
     assert not list(tmp_path.iterdir())
 
@@ -131,7 +134,7 @@ def test_what_fit_refuses(run, store, tmp_path):
 def test_training_on_one_store_and_validating_on_another(store, tmp_path):
     train = store.using(store.frame[store.frame["split"] == "train"])
     rest = store.using(store.frame[store.frame["split"] != "train"])
-    run = training.fit(cnn.build(SMALL, (24, 24, 1), 2), train, rest, run=tmp_path / "two", epochs=1, unknown="picture")
+    run = training.fit(cnn.build(SMALL, (24, 24, 1), 2), train, rest, run=tmp_path / "two", epochs=1)
     assert run.card["model"]["outputs"] == 2 and set(run.predictions["split"]) == {"val", "test"}
 
 
@@ -181,3 +184,219 @@ def test_schedules():
     assert training.plateau([1] * 100, 1e-3) == 1e-6
     assert training.cosine(0, 10, 1e-3) == pytest.approx(1e-3) and training.cosine(10, 10, 1e-3) == pytest.approx(1e-6)
     assert training.enough([1, 2, 3], 2) and not training.enough([3, 2, 1], 2) and not training.enough([], 1)
+    assert not training.enough([1, .99, .98], 3) and training.enough([1, .99, .98, .97], 3, min_delta=.1)
+    assert training.learning_rate("constant", [], .1, 9) == .1 and training.learning_rate("constant", [1], .1, 9) is None
+    assert training.kept_epoch([2, 1, 3]) == 1 and training.kept_epoch([2, 1, 3], "last") == 2
+
+
+# ---- Keras's own parts, passed on
+
+def net(seed=0, spec=SMALL, outputs=1): return cnn.build(spec, (24, 24, 1), outputs, seed)
+
+
+class Diary(keras.callbacks.Callback):
+    "Writes down what it hears."
+    def __init__(self):
+        super().__init__()
+        self.heard = []
+
+    def on_train_begin(self, logs=None): self.heard.append("begin")
+    def on_epoch_begin(self, epoch, logs=None): self.heard.append(epoch)
+    def on_epoch_end(self, epoch, logs=None): self.heard.append(sorted(logs))
+    def on_train_end(self, logs=None): self.heard.append("end")
+
+
+def test_callbacks_hear_one_training(store, tmp_path):
+    diary = Diary()
+    run = training.fit(net(), store, run=tmp_path / "run", epochs=3, batch=8, callbacks=[diary])
+    logged = sorted(set(COLUMNS) - {"epoch", "seconds"})
+    assert diary.heard == ["begin", 0, logged, 1, logged, 2, logged, "end"] and len(run.history) == 3
+
+
+def test_callbacks_hear_the_end_when_training_is_cut(store, tmp_path):
+    diary = Diary()
+    def plug(row): raise InterruptedError
+    with pytest.raises(InterruptedError): training.fit(net(), store, run=tmp_path / "run", epochs=3, batch=8, callbacks=[diary], each=plug)
+    assert diary.heard.count("begin") == diary.heard.count("end") == 1
+
+
+def test_kerass_own_callbacks(store, tmp_path):
+    pytest.importorskip("tensorboard")
+    kinds = keras.callbacks
+    saved = tmp_path / "best.keras"
+    lower = kinds.ReduceLROnPlateau("val_loss", factor=.5, patience=1, min_delta=10)
+    run = training.fit(net(), store, run=tmp_path / "run", epochs=6, batch=8, lr=1e-2, schedule="constant", patience=99,
+                       callbacks=[kinds.EarlyStopping("val_loss", patience=3, min_delta=10), lower, kinds.CSVLogger(tmp_path / "log.csv"),
+                                  kinds.ModelCheckpoint(saved, "val_loss", save_best_only=True), kinds.TensorBoard(tmp_path / "board")])
+    assert len(run.history) == 4                                                        # the first epoch is progress, three are not
+    assert np.allclose(run.history["lr"], [1e-2, 1e-2, 5e-3, 2.5e-3])
+    log = pd.read_csv(tmp_path / "log.csv")
+    assert log["epoch"].tolist() == [0, 1, 2, 3] and np.allclose(log["val_auc"], run.history["val_auc"])
+    x = store.array("val")
+    assert np.allclose(training.load_model(saved)(x), run.model(x), atol=1e-6)            # the plain model of the best epoch
+    assert list((tmp_path / "board").rglob("events*"))
+
+
+def test_a_schedule_has_the_last_word_unless_it_is_constant(store, tmp_path):
+    tenth = keras.callbacks.LearningRateScheduler(lambda epoch, lr: .1 / (epoch + 1))
+    run = training.fit(net(), store, run=tmp_path / "a", epochs=2, batch=8, lr=1e-3, schedule="constant", callbacks=[tenth])
+    assert np.allclose(run.history["lr"], [.1, .05])
+
+
+def test_fit_is_kerass_fit(store, tmp_path):
+    "The same weights as bare Keras, step by step, where both have the same order and nothing random."
+    spec = cnn.Spec((4, 8), (8,), l2=.01)
+    ours, bare = net(3, spec), net(3, spec)
+    run = training.fit(ours, store, run=tmp_path / "run", epochs=2, batch=8, lr=1e-2, optimizer="adamw", schedule="constant", keep="last", patience=99)
+    bare.compile(keras.optimizers.AdamW(1e-2), keras.losses.BinaryCrossentropy(from_logits=True))
+    for epoch in range(2):
+        bare.fit(pipelines.stream(store, "train", batch=8, shuffle=training._seed(0, "order", epoch)), verbose=0)
+    assert all(np.allclose(a, b, atol=1e-5) for a, b in zip(ours.get_weights(), bare.get_weights()))
+    assert run.history["loss"].iloc[0] < .9                                              # without the penalty, as validation is
+
+
+def test_keep_last_constant_and_training_predictions(store, tmp_path):
+    run = training.fit(net(), store, run=tmp_path / "run", epochs=3, batch=8, lr=.05, schedule="constant", keep="last", patience=99, predict_train=True)
+    assert run.card["training"]["best_epoch"] == 3 and (run.history["lr"] == run.history["lr"][0]).all()
+    assert run.predictions["split"].value_counts().to_dict() == dict(train=24, val=8, test=8)
+    assert run.metric("AUC", "train").value == pytest.approx(evaluation.auc(*_truth(run.predictions, "train")))
+    last = training.predict(run.model, store, "val")
+    found = training._scores(core.Task.of(store.frame), last, last[["p_WELL", "p_ILL"]].to_numpy())
+    assert found["val_auc"] == pytest.approx(run.history["val_auc"].iloc[-1])
+
+
+def _truth(predictions, split):
+    part = predictions[predictions["split"] == split]
+    return (part["label"] == "ILL").to_numpy(float), part["p_ILL"].to_numpy()
+
+
+@pytest.mark.parametrize("kind", ["two", "three", "findings"])
+def test_the_metric_of_an_epoch_is_the_exact_one(kind):
+    from scipy.special import expit, softmax
+    draw, k = core.rng("metric", kind), 1 if kind == "two" else 3
+    z = draw.normal(scale=2, size=(300, k)).astype("float32")
+    y = draw.integers(0, max(k, 2), 300)
+    if kind == "findings": y = np.where(draw.uniform(size=(300, 3)) < .3, np.nan, draw.uniform(size=(300, 3)) < expit(z))
+    scores = training.EpochScores(k, kind == "findings", training.cross_entropy)
+    for i in range(0, 300, 64): scores.update_state(y[i:i + 64], z[i:i + 64])
+    p = softmax(z, axis=1) if kind == "three" else expit(z)
+    each = [(y[:, i] if kind == "findings" else (y == i if kind == "three" else y).astype(float), p[:, i]) for i in range(k)]
+    right = (z.argmax(1) == y).mean() if kind == "three" else np.mean([np.mean((s > .5)[~np.isnan(t)] == t[~np.isnan(t)]) for t, s in each])
+    found = scores.values()
+    assert found["accuracy"] == pytest.approx(right, abs=1e-6)
+    assert found["auc"] == pytest.approx(np.mean([evaluation.auc(t, s) for t, s in each]), abs=2e-3)
+    if kind != "findings": assert found["loss"] == pytest.approx(float(training.cross_entropy(y, z)), rel=1e-5)
+
+
+def test_accumulation_adds_up_batches(store, tmp_path):
+    "Two batches of 12 and one of 24 are the same step, where no layer looks at the batch as a whole."
+    spec, options = cnn.Spec((4, 8), (8,)), dict(epochs=2, lr=1e-2, schedule="constant", keep="last")
+    whole, parts = net(1, spec), net(1, spec)
+    training.fit(whole, store, run=tmp_path / "whole", batch=24, **options)
+    run = training.fit(parts, store, run=tmp_path / "parts", batch=12, accumulate=2, **options)
+    assert run.card["training"]["accumulate"] == 2
+    assert all(np.allclose(a, b, atol=1e-4) for a, b in zip(whole.get_weights(), parts.get_weights()))
+
+
+@pytest.mark.parametrize("precision", ["mixed_bfloat16", "mixed_float16"])
+def test_half_the_digits_are_a_matter_of_the_steps_only(store, tmp_path, precision):
+    run = training.fit(net(), store, run=tmp_path / "half", epochs=2, batch=8, precision=precision)
+    policies = {layer.dtype_policy.name for part in (cnn.features, cnn.head) for layer in part(run.model).layers}
+    assert policies == {"float32"} and np.isfinite(run.history[SAME]).all(axis=None)
+
+
+def test_layerwise_rates_in_fit(store, tmp_path):
+    frozen = net(2)
+    before = frozen.get_weights()
+    rates = [0.] * len(cnn.features(frozen).trainable_variables) + [1.] * len(cnn.head(frozen).trainable_variables)
+    training.fit(frozen, store, run=tmp_path / "a", epochs=1, batch=8, optimizer="adamw", rates=rates)
+    still = len(cnn.features(frozen).get_weights())
+    after = frozen.get_weights()
+    assert all(np.array_equal(a, b) for a, b in zip(before[:still], after[:still])) and not np.array_equal(before[-1], after[-1])
+
+
+def test_optimizer_and_loss_objects_are_copied_and_described(store, tmp_path):
+    mine = keras.optimizers.RMSprop(2e-3, rho=.8)
+    one, two = (training.fit(net(), store, run=tmp_path / name, epochs=1, batch=8, optimizer=mine, loss=keras.losses.BinaryFocalCrossentropy(from_logits=True))
+                for name in "ab")
+    assert not mine.built and one.history["lr"][0] == np.float32(2e-3) and '"rho": 0.8' in one.card["training"]["optimizer"]
+    assert "BinaryFocalCrossentropy" in one.card["training"]["loss"] and one.history["loss"].equals(two.history["loss"])
+
+
+def test_what_gives_probabilities_is_refused(store, tmp_path):
+    head = keras.Sequential([keras.Input((24, 24, 1)), keras.layers.Flatten(), keras.layers.Dense(1), keras.layers.Activation("sigmoid")], name="head")
+    look = keras.Sequential([keras.Input((24, 24, 1)), keras.layers.Rescaling(2.)], name="features")
+    model = keras.Sequential([keras.Input((24, 24, 1)), look, head])
+    for call in (lambda: training.predict(model, store), lambda: training.fit(model, store, run=tmp_path / "a")):
+        with pytest.raises(CourseError, match=r"ends in a sigmoid(.|\n)*wrap\(model\)"): call()
+    image = keras.Input((24, 24, 1))
+    answer = keras.layers.Softmax()(keras.layers.Dense(2)(keras.layers.Flatten()(image)))
+    with pytest.raises(CourseError, match="ends in a softmax"): training.predict(keras.Model(image, answer), store)
+    with pytest.raises(CourseError, match="from_logits=True"): training.fit(net(), store, run=tmp_path / "a", loss=keras.losses.BinaryCrossentropy())
+    with pytest.raises(CourseError, match="schedule of its own"):
+        training.fit(net(), store, run=tmp_path / "a", optimizer=keras.optimizers.Adam(keras.optimizers.schedules.CosineDecay(.1, 9)))
+
+
+def test_a_normaliser_travels_with_the_model(store, tmp_path):
+    run = training.fit(net(), store, run=tmp_path / "run", epochs=1, batch=8, normaliser=pipelines.Normalizer("train"))
+    pixels = store.array("train")
+    seen = cnn.features(run.model).layers[0](pixels)
+    assert abs(float(np.mean(seen))) < 1e-3 and abs(float(np.std(seen)) - 1) < 1e-2
+    assert run.card["preprocessing"]["normaliser"]["mean"] == pytest.approx(pixels.mean(), abs=1e-4)
+    again = training.predict(run.model, store, "test")["p_ILL"]
+    assert np.allclose(again, run.predictions.query("split == 'test'")["p_ILL"], atol=1e-6)
+
+
+# ---- the folder
+
+def test_finish_sees_a_whole_folder_before_it_has_its_name(store, tmp_path):
+    seen = []
+    def look(part): seen.append((part.name, sorted(p.name for p in part.iterdir() if p.suffix in (".csv", ".json", ".keras", ".npz")), (tmp_path / "run").exists()))
+    training.fit(net(), store, run=tmp_path / "run", epochs=1, batch=8, finish=look)
+    assert seen[0][0] == ".run.partial" and not seen[0][2]
+    assert {"card.json", "history.csv", "images.csv", "model.keras", "predictions.csv", "reference.npz"} <= set(seen[0][1])
+
+
+def test_a_kill_while_finishing_can_be_resumed(store, tmp_path):
+    def kill(part): raise InterruptedError
+    with pytest.raises(InterruptedError): training.fit(net(), store, run=tmp_path / "run", epochs=2, batch=8, finish=kill)
+    run = training.fit(net(), store, run=tmp_path / "run", epochs=2, batch=8, resume=True)
+    assert len(run.history) == 2 and not list(tmp_path.glob(".*")) and not (run.folder / "state.npz").exists()
+
+
+def test_two_processes_in_one_run_are_refused(store, tmp_path):
+    def second(row):
+        for resume in (False, True):
+            with pytest.raises(CourseError, match="another process"): training.fit(net(), store, run=tmp_path / "run", epochs=2, batch=8, resume=resume)
+    run = training.fit(net(), store, run=tmp_path / "run", epochs=2, batch=8, each=second)
+    assert len(run.history) == 2
+
+
+def test_images_of_the_run_are_listed(run, store):
+    listed = pd.read_csv(run.folder / "images.csv", dtype=str)
+    assert list(listed) == ["path", "patient", "group", "split", "sha256"] and listed["split"].value_counts().to_dict() == dict(train=24, val=8, test=8)
+
+
+def test_format_one_is_refused_in_words(run, tmp_path):
+    import shutil
+    old = shutil.copytree(run.folder, tmp_path / "old")
+    (old / "card.json").write_text(json.dumps(run.card | dict(format=1)))
+    with pytest.raises(CourseError, match="format 1(.|\n)*train it again"): training.load_run(old)
+
+
+def test_findings_with_gaps(tmp_path, store):
+    draw = core.rng("gaps")
+    rows = store.frame.drop(columns="label").assign(**{c: np.where(draw.uniform(size=40) < .2, np.nan, draw.integers(0, 2, 40)) for c in "AB"}, age=7.)
+    several = store.using(core.frame(rows, findings=["A", "B"]))
+    run = training.fit(net(outputs=2), several, run=tmp_path / "run", epochs=2, batch=8)
+    assert run.card["labels"] == ["A", "B"] and run.card["kind"] == "findings" and np.isfinite(run.history[SAME]).all(axis=None)
+    assert core.Task.of(training.load_run(run.folder).predictions).names == ("A", "B")
+
+
+def test_the_engine_takes_a_model_of_your_own(store):
+    "As the search does: compiled by somebody else, with metrics of its own."
+    model = net()
+    model.compile("adam", training._Loss(training.cross_entropy), metrics=[keras.metrics.BinaryAccuracy(threshold=0., name="right")])
+    history = training.run_epochs(model, lambda seed: pipelines.stream(store, "train", batch=8, shuffle=seed), training.validation(model, store), [],
+                                  epochs=3, lr=1e-2, schedule="constant")
+    assert [h["epoch"] for h in history] == [1, 2, 3] and {"right", "loss", "val_auc"} <= set(history[0])
