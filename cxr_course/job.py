@@ -52,49 +52,53 @@ def _begin() -> None:
     import tensorflow
     tensorflow.constant(0.)
 
-# %% ../nbs/job.ipynb #79c5c7ed
+# %% ../nbs/job.ipynb #93976b8d
 RECIPES, LOSSES = ("plain", "strong"), ("plain", "weighted", "focal")
 
 def _refuse_choices(recipe: str, loss) -> None:
     if recipe not in RECIPES:
         raise CourseError(f"there is no recipe {recipe!r}", None, f"use one of {', '.join(RECIPES)}")
     if isinstance(loss, str) and loss not in LOSSES:
-        raise CourseError(f"there is no loss {loss!r}", None, f"use one of {', '.join(LOSSES)}, or give a Keras loss")
+        raise CourseError(f"there is no loss {loss!r}", None,
+                          f"use one of {', '.join(LOSSES)}, or give a Keras loss")
 
 def _refuse_weights_alone(backbone: str | None, weights, fallback: str | None) -> None:
     "Weights belong to a backbone, and a file of them must be there before an image is decoded."
     weights = str(weights)
     if backbone is None and (weights != "none" or fallback is not None):
-        raise preparing._refusal("weights belong to a backbone, and none is named", weights, "name one, for instance backbone='vgg16'",
+        raise preparing._refusal("weights belong to a backbone, and none is named", weights,
+                                 "name one, for instance backbone='vgg16'",
                                  "add --backbone, for instance --backbone vgg16")
     if weights not in ("none", "phantom", "imagenet") and fallback is None and not Path(weights).is_file():
         names = "check the name, or give one of none, phantom, imagenet"
-        raise preparing._refusal("there is no such file of weights", weights, f"{names}; `fallback` says what to take instead",
+        raise preparing._refusal("there is no such file of weights", weights,
+                                 f"{names}; `fallback` says what to take instead",
                                  f"{names}; --fallback says what to take instead")
 
-# %% ../nbs/job.ipynb #5aeec470
+# %% ../nbs/job.ipynb #511de22d
 def can_resume(
     out: str | Path, # a run folder
 ) -> bool:
     "Whether a training of that name was killed and can go on where it was."
-    out = Path(out)
-    hidden = _hidden(out)
-    return (hidden / out.name).exists() or (hidden / f".{out.name}.partial" / "state.npz").exists()
+    return (_hidden(Path(out)) / "state.npz").exists()
 
-# %% ../nbs/job.ipynb #20463c93
+# %% ../nbs/job.ipynb #f7d64380
 def _hidden(out: Path) -> Path:
-    return out.with_name(f".{out.name}.job")
+    return out.with_name(f".{out.name}.partial")
 
 def _refuse_out(out: Path, resume: bool) -> None:
     if out.exists():
-        raise CourseError("the run is there already and is never overwritten", out, "name another one, or remove it yourself")
-    if resume and not can_resume(out):
-        raise preparing._refusal("there is nothing to resume", out, "start it without `resume`", "start it without --resume")
+        raise CourseError("the run is there already and is never overwritten", out,
+                          "name another one, or remove it yourself")
+    if resume and not _hidden(out).exists():
+        raise preparing._refusal("there is nothing to resume", out, "start it without `resume`",
+                                 "start it without --resume")
     if not resume and can_resume(out):
-        raise preparing._refusal("a killed run lies here unfinished", _hidden(out), "continue it with resume=True, or remove it",
+        raise preparing._refusal("a killed run lies here unfinished", _hidden(out),
+                                 "continue it with resume=True, or remove it",
                                  "add --resume to continue it, or remove it")
 
-# %% ../nbs/job.ipynb #bb5f6dc1
+# %% ../nbs/job.ipynb #444cdd3a
 def _network(model, shape: tuple[int, int], outputs: int, seed: int):
     "A Keras model from a name, a description, a function, or itself."
     import keras
@@ -118,8 +122,17 @@ def _try_network(model, backbone: str | None, shape: tuple[int, int], seed: int,
     elif not callable(model):
         _network(model, shape, Task.of(frame).outputs, seed)
 
-def _fit_options(recipe: str, loss, backbone: str | None, lr: float | None, patience: int | None, store, seed: int) -> dict:
-    "The options of `training.fit` that a recipe and a loss stand for."
+def _learner(model, backbone: str | None, store, seed: int, borrowed: dict, options: dict) -> Callable:
+    "What trains into a run folder: a backbone in its two stages, or a network as it is."
+    if backbone:
+        from cxr_course import transfer
+        return partial(transfer.train, backbone, store, **borrowed, **options)
+    from cxr_course import training
+    network = _network(model, store.shape, Task.of(store.frame).outputs, seed)
+    return partial(training.fit, network, store, **options)
+
+def _fit_options(recipe: str, loss, backbone: str | None, store, seed: int, **said) -> dict:
+    "The options of `training.fit` that a recipe and a loss stand for; what was said explicitly wins."
     from cxr_course import augmentation, imbalance, training
     chosen = dict(lr=1e-3, patience=5)
     if recipe == "strong":
@@ -129,22 +142,22 @@ def _fit_options(recipe: str, loss, backbone: str | None, lr: float | None, pati
     if loss != "plain":
         made = imbalance.loss_for(store, loss, true_odds=True) if isinstance(loss, str) else loss
         chosen |= dict(loss=made, smoothing=0.)
-    return chosen | {key: value for key, value in dict(lr=lr, patience=patience).items() if value is not None}
+    return chosen | {key: value for key, value in said.items() if value is not None}
 
-# %% ../nbs/job.ipynb #3fa131e3
+# %% ../nbs/job.ipynb #cee5f908
 def train_job(
     frame: pd.DataFrame | pipelines.Store, # images with their truth, or a Store of them
     out: str | Path, # the run folder to make; never overwritten
     *,
-    model="smallnet", # a name, a description, a function (input shape, outputs, seed) -> Keras model, or a Keras model
-    shape: tuple[int, int] = (128, 128), # (h, w) that images are cropped and resized to; those of a store are as they are
+    model="smallnet", # a name, a description, a Keras model, or a function (input shape, outputs, seed) that makes one
+    shape: tuple[int, int] = (128, 128), # (h, w) that images are cropped and resized to; a store has its own
     backbone: str | None = None, # instead of `model`: a network of transfer learning
-    weights: str | Path = "none", # pretrained weights of the backbone: 'none', 'imagenet', 'phantom', or a file
+    weights: str | Path = "none", # pretrained, of the backbone: 'none', 'imagenet', 'phantom', or a file
     fallback: str | None = None, # 'phantom' or 'none', if these weights cannot be had
     recipe: str = "plain", # 'plain', or 'strong': augmentation, AdamW, cosine schedule, label smoothing
     loss="plain", # 'plain', 'weighted', 'focal', or a Keras loss
     epochs: int = 20, # passes over the training images, at most
-    patience: int | None = None, # epochs without a lower validation loss before it stops; default: the recipe's
+    patience: int | None = None, # epochs without a lower validation loss until it stops; default: the recipe's
     batch: int = 32, # images a step
     lr: float | None = None, # learning rate at the start; default: the recipe's
     seed: int = 0, # of first weights, order, dropout, augmentation, and of a new cut
@@ -158,58 +171,29 @@ def train_job(
     name: str | None = None, # what the card calls the model; default: what it was asked for by
     **options, # further ones of `training.fit`: schedule, optimizer, smoothing ...
 ): # the finished `training.Run`; None in processes of a strategy that do not write
-    "Arrange, check, decode, train, choose the threshold and report: a whole run folder, or an error that says why not."
+    "From a data set to a whole run folder with its report, or an error that says why not."
     out = Path(out)
     _refuse_choices(recipe, loss)
     _refuse_weights_alone(backbone, weights, fallback)
     _refuse_out(out, resume)
     shape = tuple(frame.shape if isinstance(frame, pipelines.Store) else shape)
-    store = prepare(frame, shape, seed=seed, resplit=resplit, skip_bad=skip_bad, findings=findings, duplicates=duplicates,
-                    before=partial(_try_network, model, backbone, shape, seed), say=say)
-    given = dict(epochs=epochs, batch=batch, seed=seed, strategy=strategy, name=name or backbone or (model if isinstance(model, str) else None))
-    options = _fit_options(recipe, loss, backbone, lr, patience, store, seed) | given | options
-    if backbone:
-        from cxr_course import transfer
-        learn = partial(transfer.train, backbone, store, weights=weights, fallback=fallback, **options)
-    else:
-        from cxr_course import training
-        learn = partial(training.fit, _network(model, shape, Task.of(store.frame).outputs, seed), store, **options)
-    return _fit_and_report(learn, out, store, resume, say)
+    store = prepare(frame, shape, seed=seed, resplit=resplit, skip_bad=skip_bad, findings=findings,
+                    duplicates=duplicates, before=partial(_try_network, model, backbone, shape, seed), say=say)
+    name = name or backbone or (model if isinstance(model, str) else None)
+    asked = dict(epochs=epochs, batch=batch, seed=seed, strategy=strategy, name=name)
+    options = _fit_options(recipe, loss, backbone, store, seed, lr=lr, patience=patience) | asked | options
+    learn = _learner(model, backbone, store, seed, dict(weights=weights, fallback=fallback), options)
+    return _fit_and_report(learn, out, resume, say)
 
-# %% ../nbs/job.ipynb #05742137
-def _fit_and_report(learn: Callable, out: Path, store: pipelines.Store, resume: bool, say: Callable[[str], None]):
+# %% ../nbs/job.ipynb #1d5d98ed
+def _fit_and_report(learn: Callable, out: Path, resume: bool, say: Callable[[str], None]):
     "Fit, with the report as the last thing that is written before the run gets its name."
     from cxr_course import judging, training
     reports = []
     def finish(part: Path) -> None:
         shutil.rmtree(part / "report", ignore_errors=True)   # half of one, if it was killed here
         reports.append(judging.report_run(training.load_run(part), part / "report", name=out.name))
-    run = _fit_network(learn, out, store, finish, resume)
+    run = learn(run=out, finish=finish, resume=resume)
     if run is not None:
         say(f"\n{judging.report_text(reports[-1])}")
     return run
-
-def _fit_network(learn: Callable, out: Path, store: pipelines.Store, finish: Callable[[Path], None], resume: bool):
-    "Train in a hidden place beside the run, complete the folder there, and give it its name last."
-    from cxr_course import training, transfer
-    hidden = _hidden(out)
-    whole = hidden / out.name
-    if not whole.exists() and learn(run=whole, resume=resume and transfer.killed(whole)) is None:
-        return None
-    _complete(whole, store)
-    finish(whole)
-    if out.exists():
-        raise CourseError("meanwhile another run took this name", out, f"yours is whole, in {whole}; rename it yourself")
-    os.replace(whole, out)
-    hidden.rmdir()
-    return training.load_run(out)
-
-def _complete(folder: Path, store: pipelines.Store) -> None:
-    "What a model has learned from, in the folder of its run."
-    import json
-
-    from cxr_course import core, reference, training
-    run = training.load_run(folder)
-    card = run.card | {"format": 2, "seen": reference.write(folder, run.model, store, run.card)}
-    with core.atomic(folder / "card.json") as part:
-        part.write_text(json.dumps(card, indent=1), encoding="utf8")

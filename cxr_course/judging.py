@@ -16,7 +16,7 @@ from .core import CourseError, Task, groups, table
 # %% auto #0
 __all__ = ['report_run', 'report_text', 'predict_elsewhere']
 
-# %% ../nbs/judging.ipynb #3c981585
+# %% ../nbs/judging.ipynb #d65d7f40
 def _facts(run: training.Run) -> dict[str, str]:
     "What the card of a run answers on the reporting check-list."
     return _data_facts(run) | _model_facts(run.card) | _training_facts(run.card)
@@ -25,29 +25,31 @@ def _data_facts(run: training.Run) -> dict[str, str]:
     parts = [f"{split}: " + ", ".join(f"{n:,} {what}" for what, n in counts.items() if isinstance(n, int))
              for split, counts in run.card["data"]["splits"].items()]
     known = groups(run.predictions).str.startswith("patient:").all()
-    return dict(partition="by patient" if known else "by patient; images without one by examination or image", data="; ".join(parts))
+    partition = "by patient" if known else "by patient; images without one by examination or image"
+    return dict(partition=partition, data="; ".join(parts))
 
 def _model_facts(card: dict) -> dict[str, str]:
     model, (h, w) = card["model"], card["preprocessing"]["shape"]
     spec = model["spec"] or {}
-    borrowed = spec.get("weights", "none")
+    weights, mark = spec.get("weights", "none"), spec.get("sha256")
+    borrowed = "random" if weights == "none" else f"weights of the backbone: {weights}, SHA-256 {mark}"
     return dict(
         architecture=f"{model['name']}, {model['parameters']:,} parameters, images of {h} x {w}",
         preprocessing=f"{card['preprocessing']['fit']}; values {card['preprocessing']['values']}",
         output=f"a probability; threshold by {card['threshold_rule']}",
-        initialisation="random" if borrowed == "none" else f"weights of the backbone: {borrowed}, SHA-256 {spec.get('sha256')}",
+        initialisation=borrowed,
         specification="the whole model lies beside this report as model.keras and card.json",
     )
 
 def _training_facts(card: dict) -> dict[str, str]:
     t = card["training"]
-    return dict(
-        training=f"{t['optimizer']}, learning rate {t['lr']:g} ({t['schedule']}), batch size {t['batch']}, {t['epochs_run']} epochs, "
-                 f"{'augmented' if t['augment'] else 'not augmented'}, seed {t['seed']}",
-        selection="the last epoch" if t.get("keep") == "last" else f"lowest loss on validation (epoch {t['best_epoch']})",
-    )
+    kept = "the last epoch" if t.get("keep") == "last" else f"lowest loss on validation (epoch {t['best_epoch']})"
+    augmented = "augmented" if t["augment"] else "not augmented"
+    how = [f"{t['optimizer']}, learning rate {t['lr']:g} ({t['schedule']})", f"batch size {t['batch']}",
+           f"{t['epochs_run']} epochs", augmented, f"seed {t['seed']}"]
+    return dict(training=", ".join(how), selection=kept)
 
-# %% ../nbs/judging.ipynb #ff6f4a6a
+# %% ../nbs/judging.ipynb #3ff13c45
 def report_run(
     run: training.Run, # a finished run, or one that lacks nothing but its name
     folder: str | Path | None = None, # where to save the page, its figure and its numbers; None: not saved
@@ -58,8 +60,9 @@ def report_run(
     "Judge a run on images it has not learned from: one page."
     predictions = run.predictions[run.predictions["split"] == "test"] if predictions is None else predictions
     t, name = run.card["training"], name or run.folder.name
-    model = f"{run.card['model']['name']} (best of {t['epochs_run']} epochs: {t['best_epoch']})"
-    report = evaluation.report(predictions, _thresholds(run), title=f"How well does {name} read?", model=model)
+    model = f"{run.card['model']['name']} (epoch {t['best_epoch']} of {t['epochs_run']} kept)"
+    title = f"How well does {name} read?"
+    report = evaluation.report(predictions, _thresholds(run), title=title, model=model)
     curves = evaluation.embed(training.plot_history(run), "training curves")
     report.sections += [("How it was trained", curves), ("Model card", _model_card(run, name))]
     if run.card["kind"] == "findings":
@@ -69,7 +72,7 @@ def report_run(
         report.save(folder)
     return report
 
-# %% ../nbs/judging.ipynb #be32e3f7
+# %% ../nbs/judging.ipynb #125c26ea
 def _thresholds(run: training.Run):
     "The thresholds that validation could choose."
     if not isinstance(run.threshold, dict):
@@ -88,7 +91,8 @@ def _each_finding(report: evaluation.Report, predictions: pd.DataFrame) -> None:
     rare = verdicts[verdicts["value"].isna()]
     if len(rare):
         listed = ", ".join(f"{name} ({n})" for name, n in rare["patients"].items())
-        report.notes.append(f"Too few patients to judge: {listed}; whatever the table says of them, believe nothing.")
+        report.notes.append(f"Too few patients to judge: {listed}; "
+                            "whatever the table says of them, believe nothing.")
 
 # %% ../nbs/judging.ipynb #79056fe0
 def report_text(
@@ -100,10 +104,10 @@ def report_text(
     confusion = report.confusion.reset_index().rename(columns={"truth": "truth, then called:"})
     return f"{report!r}\n\n{table(confusion)!r}"
 
-# %% ../nbs/judging.ipynb #2b6aac35
+# %% ../nbs/judging.ipynb #e195499b
 def predict_elsewhere(
     run: training.Run, # a finished run
-    frame: pd.DataFrame, # images of another data set with their truth; of a set with a test, only that is used
+    frame: pd.DataFrame, # images of another data set with their truth; where it has a test set, that alone is used
     *,
     skip_bad: bool = False, # go on without files that cannot be read; each is named
     say: Callable[[str], None] = print, # told what is left out, and what looks unusual
@@ -118,7 +122,7 @@ def predict_elsewhere(
     say(f"{unusual} of {len(store)} images look unlike the training images")
     return training.predict(run.model, store)
 
-# %% ../nbs/judging.ipynb #fb9417cf
+# %% ../nbs/judging.ipynb #ae642768
 def _same_question(frame: pd.DataFrame, card: dict) -> pd.DataFrame:
     "The frame, asking for what the model answers: its classes, or its findings among others."
     task, labels = Task.of(frame), list(card["labels"])
@@ -136,7 +140,8 @@ def _unlearned(run: training.Run, store: pipelines.Store, say: Callable[[str], N
     "The store without images that the model was trained or chosen on."
     learned = reference.learned_from(run.folder, store)
     if learned.all():
-        raise CourseError("the model has learned from every one of these images", run.folder, "give it images that it has never seen")
+        raise CourseError("the model has learned from every one of these images", run.folder,
+                          "give it images that it has never seen")
     if not learned.any():
         return store
     say(f"note: the model has learned from {learned.sum()} of these {len(store)} images; they are left out")

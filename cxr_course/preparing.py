@@ -37,7 +37,7 @@ def _refusal(what: str, where, remedy: str, typed: str) -> CourseError:
     error.typed = typed
     return error
 
-# %% ../nbs/preparing.ipynb #e7b254f9
+# %% ../nbs/preparing.ipynb #17c319a2
 def split_counts(
     frame: pd.DataFrame, # a frame of images
 ) -> table: # one row a split (or one column, where there are many findings)
@@ -47,22 +47,24 @@ def split_counts(
     for name in (*SPLITS, "not split"):
         part = frame[split == name]
         if len(part):
-            people = {"patients": part["patient"].nunique(), "without patient": int(part["patient"].isna().sum())}
+            nobody = int(part["patient"].isna().sum())
+            people = {"patients": part["patient"].nunique(), "without patient": nobody}
             rows[name] = {"images": len(part), **people, **task.counts(part)}
     counts = pd.DataFrame(rows).T.rename_axis(index="split")
     return table(counts if len(task.names) < 5 else counts.T.rename_axis(index=""))
 
-# %% ../nbs/preparing.ipynb #0ce0f06d
+# %% ../nbs/preparing.ipynb #a03a89ca
 def choose_findings(
     frame: pd.DataFrame, # a frame of images
-    findings: str | Iterable[str] | None = None, # 'all', names with commas between or in a list; None: the frame as it is
+    findings: str | Iterable[str] | None = None, # 'all', names with commas between or in a list; None: as it is
 ) -> pd.DataFrame: # the same images; findings that were not asked for are gone
     "The frame with the findings that were asked for."
     if findings is None:
         return frame
     task = Task.of(frame)
     if not task.findings:
-        raise _refusal("this data set has classes, and no findings", ", ".join(task.names), "leave `findings` out",
+        raise _refusal("this data set has classes, and no findings", ", ".join(task.names),
+                       "leave `findings` out",
                        "leave --findings out; --classes chooses between two and three classes")
     if findings == "all":
         return frame
@@ -96,10 +98,11 @@ def arrange(
         splits.refuse_leakage(frame)
     return frame, said
 
-# %% ../nbs/preparing.ipynb #5366dbaf
+# %% ../nbs/preparing.ipynb #0669e1f6
 def _without_patient(frame: pd.DataFrame) -> list[str]:
     "What is taken for a patient where none is known; raises where that was never decided."
-    with typed_remedy("fill the column `patient`, or add --unknown image: images without one then count as independent"):
+    remedy = "fill the column `patient`, or add --unknown image: images without one then count as independent"
+    with typed_remedy(remedy):
         keys = groups(frame)
     missing = int(frame["patient"].isna().sum())
     if not missing:
@@ -109,7 +112,7 @@ def _without_patient(frame: pd.DataFrame) -> list[str]:
             f"{missing - studies:,} stand for themselves"]
 
 def _two_lists(frame: pd.DataFrame, said: list[str]) -> pd.DataFrame:
-    "Makers who name images to learn from and images held out, and no third kind: what they held out is the test."
+    "Makers who name images to learn from and images held out, and no third kind: these are the test."
     count = frame["split"].value_counts()
     if count.get("test", 0) or count.get("val", 0) < .1 * count.get("train", 0):
         return frame
@@ -118,7 +121,8 @@ def _two_lists(frame: pd.DataFrame, said: list[str]) -> pd.DataFrame:
     again = (frame["split"] == "train") & keys.isin(set(keys[frame["split"] == "test"]))
     line = f"its makers name two lists only: the second, of {count['val']:,} images, is the test"
     if again.any():
-        line += f"; {again.sum():,} training images are left out, since their {keys[again].nunique()} patients are in both lists"
+        who = keys[again].nunique()
+        line += f"; {again.sum():,} training images are left out, since their {who} patients are in both lists"
     said.append(line)
     return frame[~again].reset_index(drop=True)
 
@@ -134,15 +138,16 @@ def _validation(frame: pd.DataFrame, seed: int, said: list[str]) -> pd.DataFrame
         return frame
     return splits.hold_out(frame, .15, seed=seed)
 
-# %% ../nbs/preparing.ipynb #6c21d904
+# %% ../nbs/preparing.ipynb #9037e45f
 def _refuse_empty(frame: pd.DataFrame) -> None:
     count = frame["split"].value_counts()
     found = "split: " + ", ".join(f"{k} {n}" for k, n in count.items())
     for part, what in (("test", "test"), ("train", "training")):
         if not count.get(part, 0):
+            cut = "to cut train, val and test anew by patient"
             raise _refusal(f"the {what} set is empty", found,
-                           f"bring images whose split is {part!r}, or pass resplit=True to cut train, val and test anew by patient",
-                           f"fill the {part} folder, or add --resplit to cut train, val and test anew by patient")
+                           f"bring images whose split is {part!r}, or pass resplit=True {cut}",
+                           f"fill the {part} folder, or add --resplit {cut}")
 
 def _refuse_one_class(frame: pd.DataFrame, where: str) -> None:
     task = Task.of(frame)
@@ -175,7 +180,7 @@ def open_store(
         say(f"skipped: {line}")
     return store
 
-# %% ../nbs/preparing.ipynb #c28b46c9
+# %% ../nbs/preparing.ipynb #0ecea563
 def _refuse_files(frame: pd.DataFrame, shape: tuple[int, int], skip_bad: bool) -> None:
     "What headers and the disk can tell before an image is decoded."
     bad = frame.loc[frame["height"].isna(), "path"]
@@ -187,18 +192,18 @@ def _bad_files(lines: pd.Series, n: int, what: str) -> CourseError:
     listed = "".join(f"\n    {line}" for line in lines.head(20))
     if len(lines) > 20:
         listed += f"\n    ... and {len(lines) - 20} more"
+    mend = "says what is wrong with each; mend or remove them, or"
     return _refusal(f"{len(lines)} of {n} files {what}", listed,
-                    "data.check(frame) says what is wrong with each; mend or remove them, or pass skip_bad=True",
-                    "'cxr-course data check' says what is wrong with each; mend or remove them, or add --skip-bad")
+                    f"data.check(frame) {mend} pass skip_bad=True", f"'cxr-course data check' {mend} add --skip-bad")
 
 def _refuse_small_disk(n: int, shape: tuple[int, int]) -> None:
     need, free = n * shape[0] * shape[1] + 50_000_000, shutil.disk_usage(cache_dir()).free
     if need > free:
-        raise _refusal(f"the decoded images need {need / 1e6:,.0f} MB and {free / 1e6:,.0f} MB are free", cache_dir(),
-                       "free some space, set CXR_COURSE_CACHE to a folder on a larger disk, or choose a smaller shape",
-                       "free some space, set CXR_COURSE_CACHE to a folder on a larger disk, or choose a smaller --size")
+        remedy = "free some space, set CXR_COURSE_CACHE to a folder on a larger disk, or choose a smaller"
+        raise _refusal(f"the decoded images need {need / 1e6:,.0f} MB and {free / 1e6:,.0f} MB are free",
+                       cache_dir(), f"{remedy} shape", f"{remedy} --size")
 
-# %% ../nbs/preparing.ipynb #2c471f55
+# %% ../nbs/preparing.ipynb #f87a357f
 def _hashes(store: pipelines.Store) -> pd.Series:
     index = pd.read_csv(store.folder / "index.csv", dtype=str, keep_default_na=False)
     return store.frame["path"].map(index.set_index("path")["sha256"])
@@ -223,35 +228,39 @@ def _without_copies(store: pipelines.Store, duplicates: str, say: Callable[[str]
     if not copied.any():
         return store
     alike = "byte for byte" if duplicates == "exact" else "or nearly"
-    say(f"left out, because the same image, {alike}, is in the test or validation set under another name: {copied.sum()}")
+    say(f"left out, because the same image, {alike}, is in the test or validation set under another name: "
+        f"{copied.sum()}")
     store = store.using(store.frame[~copied].reset_index(drop=True))
     _refuse_one_sided(store.frame)
     return store
 
-# %% ../nbs/preparing.ipynb #fe636584
+# %% ../nbs/preparing.ipynb #869e8dd1
 DUPLICATES = ("exact", "near")
 
 def prepare(
-    frame: pd.DataFrame | pipelines.Store, # images with their truth; or decoded ones, which are asked the same questions
-    shape: tuple[int, int] = (128, 128), # (h, w) of the decoded images, pixels; those of a store are as they are
+    frame: pd.DataFrame | pipelines.Store, # images with their truth, or decoded ones
+    shape: tuple[int, int] = (128, 128), # (h, w) of the decoded images, pixels; a store has its own
     *,
     seed: int = 0, # of a new cut
     resplit: bool = False, # forget the makers' split; cut anew by patient
     skip_bad: bool = False, # go on without files that cannot be read; each is named
     findings: str | Iterable[str] | None = None, # which findings to learn; default: all of the frame
     duplicates: str = "exact", # copies across splits that are left out: 'exact', or also 'near' ones
-    before: Callable[[pd.DataFrame], object] | None = None, # gets the arranged frame before anything is decoded; may refuse it
+    before: Callable[[pd.DataFrame], object] | None = None, # sees the arranged frame before decoding; may refuse it
     say: Callable[[str], None] = print, # told what was decided
 ) -> pipelines.Store: # ready to train: train, val and test, by patient, without copies across them
     "Arrange, check and decode images for a training; refuse what cannot go well, and say what was decided."
     if duplicates not in DUPLICATES:
-        raise CourseError(f"duplicates={duplicates!r} is not a choice", None, f"use one of {', '.join(DUPLICATES)}")
+        raise CourseError(f"duplicates={duplicates!r} is not a choice", None, f"use {' or '.join(DUPLICATES)}")
     store = frame if isinstance(frame, pipelines.Store) else None
-    arranged, said = arrange(choose_findings(frame if store is None else store.frame, findings), seed, resplit=resplit)
+    chosen = choose_findings(frame if store is None else store.frame, findings)
+    arranged, said = arrange(chosen, seed, resplit=resplit)
     if store is None:
         _refuse_files(arranged, shape, skip_bad)
-    say("\n".join([f"{len(arranged):,} images", *(f"  {line}" for line in said), repr(split_counts(arranged)), ""]))
+    said = [f"{len(arranged):,} images", *(f"  {line}" for line in said), repr(split_counts(arranged)), ""]
+    say("\n".join(said))
     if before is not None:
         before(arranged)
-    store = open_store(arranged, shape, skip_bad=skip_bad, say=say) if store is None else store.using(arranged)
-    return _without_copies(store, duplicates, say)
+    if store is None:
+        store = open_store(arranged, shape, skip_bad=skip_bad, say=say)
+    return _without_copies(store.using(arranged), duplicates, say)

@@ -166,7 +166,7 @@ def test_ctrl_c_keeps_the_best_model(place):
         if not sent and line.startswith("epoch   2/"): running.send_signal(signal.SIGINT); sent = True
     err = running.stderr.read()
     assert running.wait(timeout=120) == 130, err
-    assert any("best model so far" in line and "runs" in line for line in lines)
+    assert any("kept so far" in line and "runs" in line for line in lines)
     assert (place / "runs" / "cut" / "model.keras").is_file() and (place / "runs" / "cut" / "report" / "report.html").is_file()
     assert "Traceback" not in err
 
