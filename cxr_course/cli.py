@@ -47,7 +47,8 @@ def _in_words(error: Exception) -> str | None:
         remedy = getattr(error, "typed", None) or error.remedy
         return f"{error.what}{where}" + (f"\n  What to do: {remedy}" if remedy else "")
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return "the disk is full\n  What to do: free some space, or set CXR_COURSE_CACHE to a folder on a larger disk"
+        remedy = "free some space, or set CXR_COURSE_CACHE to a folder on a larger disk"
+        return f"the disk is full\n  What to do: {remedy}"
     return None
 
 # %% ../nbs/24_cli.ipynb #6d303f84
@@ -58,12 +59,14 @@ def _version(asked: bool) -> None:
         raise typer.Exit()
 
 # %% ../nbs/24_cli.ipynb #def9c74d
-app = typer.Typer(cls=_Commands, rich_markup_mode=None, no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
+app = typer.Typer(cls=_Commands, rich_markup_mode=None, no_args_is_help=True, pretty_exceptions_enable=False,
+                  add_completion=False)
 
 @app.callback()
 def _program(
     debug: Annotated[bool, typer.Option("--debug", help="Show the whole traceback of an error.")] = False,
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and stop.")] = False,
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True,
+                                          help="Show the version and stop.")] = False,
 ) -> None:
     """Chest X-rays and neural networks, from a terminal. For teaching and research; never for diagnosis.
 
@@ -80,9 +83,9 @@ def _program(
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")   # TensorFlow's greetings go to nobody
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")         # a console without a sign prints '?', and does not stop
+            stream.reconfigure(errors="replace")   # a console without a sign prints '?', and does not stop
 
-# %% ../nbs/24_cli.ipynb #5b26b032
+# %% ../nbs/24_cli.ipynb #80c805cb
 def _free(path: Path) -> Path:
     "The path itself, or with the next free number behind it."
     if not path.exists():
@@ -100,38 +103,47 @@ def _shape(text: str) -> tuple[int, int]:
     parts = text.lower().split("x")
     if len(parts) > 2 or not all(p.isdecimal() and 8 <= int(p) <= 2048 for p in parts):
         from cxr_course.core import CourseError
-        raise CourseError("not a size", text, "one number of pixels such as 128, or HEIGHTxWIDTH such as 129x180; 8 to 2048 each")
+        raise CourseError("not a size", text, "one number of pixels such as 128, or HEIGHTxWIDTH such as "
+                "129x180; 8 to 2048 each")
     return int(parts[0]), int(parts[-1])
 
 # %% ../nbs/24_cli.ipynb #d6d875c1
 NAMES = "'sample', 'sample-nih', 'sample-covid', or a folder, .csv or .npz of your own."
 Name = Annotated[str, typer.Argument(metavar="NAME|FOLDER", help=NAMES)]
 Data = Annotated[str, typer.Option(metavar="NAME|FOLDER", help=f"Images to learn from: {NAMES}")]
-Classes = Annotated[int | None, typer.Option(min=2, max=3, help="2: healthy or pneumonia. 3: bacterial and viral apart, where the files say.", show_default="as the data set has them")]
-Columns = Annotated[str | None, typer.Option(metavar="ITS=OURS,...", help="For a table: what its columns are called here, for instance filename=path,dx=label.", show_default=False)]
-Findings = Annotated[str | None, typer.Option(metavar="all|A,B", help="Which findings to learn, where an image can show several; for a table, the columns that hold them.", show_default="all")]
-SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Go on without files that cannot be read; they are listed.")]
+Classes = Annotated[int | None, typer.Option(min=2, max=3, help="2: healthy or pneumonia. 3: bacterial and "
+        "viral apart, where the files say.", show_default="as the data set has them")]
+Columns = Annotated[str | None, typer.Option(metavar="ITS=OURS,...", help="For a table: what its columns are "
+        "called here, for instance filename=path,dx=label.", show_default=False)]
+Findings = Annotated[str | None, typer.Option(metavar="all|A,B", help="Which findings to learn, where an "
+        "image can show several; for a table, the columns that hold them.", show_default="all")]
+SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Go on without files that cannot be read; they are "
+        "listed.")]
 Seed = Annotated[int, typer.Option(help="Random seed: same seed, same result.")]
 
 class Unknown(str, Enum):
     "What an image without a patient is taken for."
     image, refuse = "image", "refuse"
 
-Strangers = Annotated[Unknown, typer.Option(help="Images without a patient: take each examination or image for a patient of its own, or refuse.")]
-Resplit = Annotated[bool, typer.Option("--resplit", help="Forget the data set's own train, val and test; cut anew by patient.")]
+Strangers = Annotated[Unknown, typer.Option(help="Images without a patient: take each examination or image "
+        "for a patient of its own, or refuse.")]
+Resplit = Annotated[bool, typer.Option("--resplit", help="Forget the data set's own train, val and test; cut "
+        "anew by patient.")]
 
 data_app = typer.Typer(rich_markup_mode=None, no_args_is_help=True)
 app.add_typer(data_app, name="data", help="Look at data sets, check a folder, make simulated images.")
 
-# %% ../nbs/24_cli.ipynb #f730b7c6
-def _load(name: str, classes: int | None = None, columns: str | None = None, findings: str | None = None, unknown: str = "image"):
+# %% ../nbs/24_cli.ipynb #5cd06034
+def _load(name: str, classes: int | None = None, columns: str | None = None, findings: str | None = None,
+          unknown: str = "image"):
     "A frame; files that are no images are in it, without a size."
     import warnings
 
     from cxr_course import data
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")                  # bad files are told by whoever asked for the frame
-        return data.load(name, classes=classes, columns=_pairs(columns), findings=_said(name, findings), unknown=unknown)
+        return data.load(name, classes=classes, columns=_pairs(columns), findings=_said(name, findings),
+                         unknown=unknown)
 
 def _pairs(text: str | None) -> dict[str, str] | None:
     "'filename=path,dx=label' as a dict."
@@ -140,13 +152,15 @@ def _pairs(text: str | None) -> dict[str, str] | None:
     pairs = [part.split("=") for part in text.split(",")]
     if not all(len(pair) == 2 and all(pair) for pair in pairs):
         from cxr_course.core import CourseError
-        raise CourseError("not a list of columns", text, "write ITS=OURS with commas between, for instance filename=path,dx=label")
+        raise CourseError("not a list of columns", text, "write ITS=OURS with commas between, for instance "
+                "filename=path,dx=label")
     return {its.strip(): ours.strip() for its, ours in pairs}
 
 def _said(name: str, findings: str | None) -> list[str] | None:
     "The findings that a plain table must be told; data sets of a known layout say themselves what they hold."
     from cxr_course import data
-    if findings in (None, "all") or (name in data.REGISTRY and not Path(name).exists()) or data.layout(name) != "csv":
+    known = name in data.REGISTRY and not Path(name).exists()
+    if findings in (None, "all") or known or data.layout(name) != "csv":
         return None
     return [finding.strip() for finding in findings.split(",")]
 
@@ -171,7 +185,8 @@ def data_show(
     classes: Classes = None,
     columns: Columns = None,
     findings: Findings = None,
-    out: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Also save a sheet of images, some of each class.")] = None,
+    out: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Also save a sheet of images, some of "
+            "each class.")] = None,
 ) -> None:
     """Show what a data set holds: layout, images and patients by split and class, sizes.
 
@@ -185,10 +200,12 @@ def data_show(
     from cxr_course import preparing
     patients, alone = frame["patient"].nunique(), frame["patient"].isna().sum()
     typer.echo(f"{len(frame):,} images of {patients:,} known patients; {alone:,} images have no patient")
-    typer.echo(f"height {frame['height'].min()} to {frame['height'].max()}, width {frame['width'].min()} to {frame['width'].max()} pixels\n")
+    typer.echo(f"height {frame['height'].min()} to {frame['height'].max()}, width {frame['width'].min()} to "
+            f"{frame['width'].max()} pixels\n")
     typer.echo(repr(preparing.split_counts(frame)))
     if bad := int(frame["height"].isna().sum()):
-        typer.echo(f"\n{bad} files are no images; 'cxr-course data check {name}' says what is wrong with them")
+        typer.echo(f"\n{bad} files are no images; 'cxr-course data check {name}' says what is wrong with "
+                "them")
     if out:
         typer.echo(f"\n{_sheet(frame, out)}")
 
@@ -211,10 +228,13 @@ def data_check(
     classes: Classes = None,
     columns: Columns = None,
     findings: Findings = None,
-    quick: Annotated[bool, typer.Option("--quick", help="Only what names and headers tell; no image is decoded.")] = False,
-    beside: Annotated[str | None, typer.Option(metavar="NAME|FOLDER", help="Another data set: are its images among these?", show_default=False)] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Only what names and headers tell; no image is "
+            "decoded.")] = False,
+    beside: Annotated[str | None, typer.Option(metavar="NAME|FOLDER", help="Another data set: are its images "
+            "among these?", show_default=False)] = None,
 ) -> None:
-    """Check a data set: unreadable files, empty splits, duplicates, patients on both sides. Exit code 1 if anything was found.
+    """Check a data set: unreadable files, empty splits, duplicates, patients on both sides. Exit code 1 if
+    anything was found.
 
     \b
     Examples
@@ -235,14 +255,17 @@ def data_check(
 @data_app.command("explore")
 def data_explore(
     name: Name,
-    out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the page goes; a folder that is not there yet.")],
+    out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the page goes; a folder that is not "
+            "there yet.")],
     classes: Classes = None,
     columns: Columns = None,
     findings: Findings = None,
-    quick: Annotated[bool, typer.Option("--quick", help="Only what names, tables and headers tell; no image is decoded.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Only what names, tables and headers tell; no image "
+            "is decoded.")] = False,
     skip_bad: SkipBad = False,
 ) -> None:
-    """Write a page about a data set: counts, sizes, grey values, and what gives the class away without looking at the lungs.
+    """Write a page about a data set: counts, sizes, grey values, and what gives the class away without
+    looking at the lungs.
 
     \b
     Example
@@ -250,20 +273,23 @@ def data_explore(
     """
     _refuse_existing(out)
     from cxr_course import exploration
-    page = exploration.overview(_load(name, classes, columns, findings), out, pixels=not quick, skip_bad=skip_bad)
+    page = exploration.overview(_load(name, classes, columns, findings), out, pixels=not quick,
+                                skip_bad=skip_bad)
     typer.echo(f"The page to read is {page}")
 
 # %% ../nbs/24_cli.ipynb #ddaee3dc
 @data_app.command("augment")
 def data_augment(
     name: Name,
-    out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the copies go; a folder that is not there yet.")],
+    out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the copies go; a folder that is not "
+            "there yet.")],
     copies: Annotated[int, typer.Option(min=1, help="Changed copies of each training image.")] = 1,
     classes: Classes = None,
     columns: Columns = None,
     seed: Seed = 0,
 ) -> None:
-    """Write changed copies of the training images, and a table of all images to train on. Validation and test images are never copied.
+    """Write changed copies of the training images, and a table of all images to train on. Validation and test
+    images are never copied.
 
     \b
     Example
@@ -279,16 +305,20 @@ def data_augment(
     with core.atomic(out / "images.csv") as part:
         every.assign(path=[str(Path(p).resolve()) for p in every["path"]]).to_csv(part, index=False)
     made, from_ = int(every["meta_copy_of"].notna().sum()), int((frame["split"] == "train").sum())
-    typer.echo(f"{made} copies of {from_} training images are in {out}\nnext: cxr-course train --data {out / 'images.csv'}")
+    typer.echo(f"{made} copies of {from_} training images are in {out}\nnext: cxr-course train --data "
+            f"{out / 'images.csv'}")
 
 # %% ../nbs/24_cli.ipynb #dbcf0249
 @data_app.command("decode")
 def data_decode(
     name: Name,
-    size: Annotated[str, typer.Option(metavar="PIXELS", help="Images are cropped and resized to this: 128, or HEIGHTxWIDTH.")] = "128",
+    size: Annotated[str, typer.Option(metavar="PIXELS", help="Images are cropped and resized to this: 128, "
+            "or HEIGHTxWIDTH.")] = "128",
     workers: Annotated[int, typer.Option(min=1, max=256, help="Processes on this machine.")] = 2,
-    shard: Annotated[str | None, typer.Option(metavar="I/N", help="Do only this host's part of N, from 0/N; put nothing together.", show_default=False)] = None,
-    out: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Where the store goes.", show_default="the cache, where 'train' looks for it")] = None,
+    shard: Annotated[str | None, typer.Option(metavar="I/N", help="Do only this host's part of N, from 0/N; "
+            "put nothing together.", show_default=False)] = None,
+    out: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Where the store goes.",
+                                             show_default="the cache, where 'train' looks for it")] = None,
     classes: Classes = None,
     columns: Columns = None,
     skip_bad: SkipBad = False,
@@ -298,12 +328,18 @@ def data_decode(
     \b
     Examples
       cxr-course data decode path/to/nih --size 224 --workers 8
-      cxr-course data decode path/to/nih --size 224 --shard 0/4      (on the first of four hosts that share a disk; then without --shard)
+      cxr-course data decode path/to/nih --size 224 --shard 0/4      (on the first of four hosts that share a disk;
+                                                                      when all are done, without --shard)
     """
     from cxr_course import preparing, scaling
-    with preparing.typed_remedy("'cxr-course data check' says what is wrong with each; mend or remove them, or add --skip-bad"):
-        store = scaling.decode(_load(name, classes, columns), _shape(size), out, workers, only=_part(shard), skip_bad=skip_bad)
-    typer.echo(f"shard {shard} is done; when all are, run it once without --shard" if store is None else f"{len(store):,} images are in {store.folder}")
+    with preparing.typed_remedy("'cxr-course data check' says what is wrong with each; mend or remove them, "
+            "or add --skip-bad"):
+        store = scaling.decode(_load(name, classes, columns), _shape(size), out, workers, only=_part(shard),
+                               skip_bad=skip_bad)
+    if store is None:
+        typer.echo(f"shard {shard} is done; when all are, run it once without --shard")
+    else:
+        typer.echo(f"{len(store):,} images are in {store.folder}")
 
 # %% ../nbs/24_cli.ipynb #b3a28fd4
 def _part(shard: str | None) -> tuple[int, int] | None:
@@ -341,7 +377,8 @@ def data_phantom(
     kind = {"nih": "nih", "covid": "covid"}.get(layout.value, "pneumonia")
     plan = phantom.world(patients, seed=seed, kind=kind, hospitals=("A", "B", "C"), pixels=pixels)
     phantom.write(plan, folder, layout.value)
-    typer.echo(f"{len(plan)} images of {patients} simulated patients are in {folder}\nnext: cxr-course data show {folder}")
+    typer.echo(f"{len(plan)} images of {patients} simulated patients are in {folder}\nnext: cxr-course data "
+            f"show {folder}")
 
 # %% ../nbs/24_cli.ipynb #a7a79b41
 class Recipe(str, Enum):
@@ -379,7 +416,8 @@ def _leave(strategy) -> None:
 
 def _done(run, out: Path) -> None:
     "Where everything is; exit code 130 if the training was cut short."
-    typer.echo(f"\nEverything is in {out}; the page to read is {out / 'report' / 'report.html'}\nnext: cxr-course predict {out} FILE")
+    typer.echo(f"\nEverything is in {out}; the page to read is {out / 'report' / 'report.html'}\nnext: "
+            f"cxr-course predict {out} FILE")
     if run.card["interrupted"]:
         raise typer.Exit(130)
 
@@ -387,31 +425,45 @@ def _done(run, out: Path) -> None:
 @app.command(short_help="Train a network on a data set, and report.")
 def train(
     data: Data = "sample",
-    model: Annotated[str, typer.Option(metavar="NAME", help="A network: mlp, mlp_d1, mlp_d2, mlp_cured (dense); smallnet, cnn, wide, a1 to a8, separable (convolutional).")] = "smallnet",
-    backbone: Annotated[str | None, typer.Option(metavar="NAME", help="Instead of --model, a backbone for transfer learning: vgg16, vgg19, resnet50, densenet121, efficientnetb0, mobilenetv2, compact.", show_default=False)] = None,
-    weights: Annotated[str, typer.Option(metavar="FILE|NAME", help="Pretrained weights of the backbone: none, imagenet (downloads once), phantom (trained here, once), or a file of weights.")] = "none",
-    fallback: Annotated[Fallback | None, typer.Option(help="What to take if these weights cannot be had.", show_default="stop and say so")] = None,
-    out: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Where the run goes; never overwritten.", show_default="runs/DATA-MODEL")] = None,
+    model: Annotated[str, typer.Option(metavar="NAME", help="A network: mlp, mlp_d1, mlp_d2, mlp_cured "
+            "(dense); smallnet, cnn, wide, a1 to a8, separable (convolutional).")] = "smallnet",
+    backbone: Annotated[str | None, typer.Option(metavar="NAME", help="Instead of --model, a backbone for "
+            "transfer learning: vgg16, vgg19, resnet50, densenet121, efficientnetb0, mobilenetv2, compact.",
+            show_default=False)] = None,
+    weights: Annotated[str, typer.Option(metavar="FILE|NAME", help="Pretrained weights of the backbone: "
+            "none, imagenet (downloads once), phantom (trained here, once), or a file of weights.")] = "none",
+    fallback: Annotated[Fallback | None, typer.Option(help="What to take if these weights cannot be had.",
+                                                      show_default="stop and say so")] = None,
+    out: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Where the run goes; never overwritten.",
+                                             show_default="runs/DATA-MODEL")] = None,
     findings: Findings = None,
-    loss: Annotated[Loss, typer.Option(help="plain: every mistake costs alike. weighted: rare findings and classes cost more. focal: easy images cost less.")] = Loss.plain,
-    size: Annotated[str, typer.Option(metavar="PIXELS", help="Images are cropped and resized to this: 128, or HEIGHTxWIDTH.")] = "128",
+    loss: Annotated[Loss, typer.Option(help="plain: every mistake costs alike. weighted: rare findings and "
+            "classes cost more. focal: easy images cost less.")] = Loss.plain,
+    size: Annotated[str, typer.Option(metavar="PIXELS", help="Images are cropped and resized to this: 128, "
+            "or HEIGHTxWIDTH.")] = "128",
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the training images, at most.")] = 20,
-    patience: Annotated[int | None, typer.Option(min=1, help="Stop after so many epochs without a lower validation loss.", show_default="the recipe's: 5, or 20")] = None,
+    patience: Annotated[int | None, typer.Option(min=1, help="Stop after so many epochs without a lower "
+            "validation loss.", show_default="the recipe's: 5, or 20")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Batch size: images a step.")] = 32,
-    lr: Annotated[float | None, typer.Option(min=1e-7, max=10., help="Learning rate at the start.", show_default="the recipe's: 0.001, or 0.003")] = None,
-    recipe: Annotated[Recipe, typer.Option(help="plain: images as they are. strong: augmentation, AdamW, cosine schedule of the learning rate, label smoothing.")] = Recipe.plain,
+    lr: Annotated[float | None, typer.Option(min=1e-7, max=10., help="Learning rate at the start.",
+                                             show_default="the recipe's: 0.001, or 0.003")] = None,
+    recipe: Annotated[Recipe, typer.Option(help="plain: images as they are. strong: augmentation, AdamW, "
+            "cosine schedule of the learning rate, label smoothing.")] = Recipe.plain,
     seed: Seed = 0,
     classes: Classes = None,
     columns: Columns = None,
     skip_bad: SkipBad = False,
     unknown: Strangers = Unknown.image,
     resplit: Resplit = False,
-    duplicates: Annotated[Duplicates, typer.Option(help="Copies of test or validation images that are left out of training. exact: the same file. near: also the same image saved again.")] = Duplicates.exact,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue a run that was killed; same options as then.")] = False,
+    duplicates: Annotated[Duplicates, typer.Option(help="Copies of test or validation images that are left "
+            "out of training. exact: the same file. near: also the same image saved again.")] = Duplicates.exact,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue a run that was killed; same options as "
+            "then.")] = False,
 ) -> None:
     """Train a network on a data set and report how good it is, with intervals.
 
-    The test images only judge; the threshold is chosen on validation images; no patient is on two sides. Ctrl-C ends the training and keeps the best model so far.
+    The test images only judge; the threshold is chosen on validation images; no patient is on two sides.
+    Ctrl-C ends the training and keeps the best model so far.
 
     \b
     Examples
@@ -428,10 +480,13 @@ def train(
     shape, strategy = _shape(size), _team()
     frame = _load(data, classes, columns, findings, unknown.value)
     from cxr_course import job
-    asked = dict(model=model, backbone=backbone, weights=weights, fallback=fallback and fallback.value, recipe=recipe.value, loss=loss.value)
-    asked |= dict(epochs=epochs, patience=patience, batch=batch, lr=lr, seed=seed, resplit=resplit, skip_bad=skip_bad, findings=findings)
+    asked = dict(model=model, backbone=backbone, weights=weights, fallback=fallback and fallback.value,
+                 recipe=recipe.value, loss=loss.value)
+    asked |= dict(epochs=epochs, patience=patience, batch=batch, lr=lr, seed=seed, resplit=resplit,
+                  skip_bad=skip_bad, findings=findings)
     typer.echo(f"{data}:")
-    run = job.train_job(frame, out, shape=shape, duplicates=duplicates.value, resume=resume, strategy=strategy, say=typer.echo, **asked)
+    run = job.train_job(frame, out, shape=shape, duplicates=duplicates.value, resume=resume,
+                        strategy=strategy, say=typer.echo, **asked)
     _leave(strategy)
     _done(run, out)
 
@@ -439,8 +494,10 @@ def train(
 @app.command(short_help="Report how good a run is, here or elsewhere.")
 def evaluate(
     run: Run,
-    data: Annotated[str | None, typer.Option(metavar="NAME|FOLDER", help="Another data set with the same classes or findings.", show_default="the run's own test images")] = None,
-    out: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Where the report goes; never overwritten.", show_default="RUN/report, or RUN/report-DATA")] = None,
+    data: Annotated[str | None, typer.Option(metavar="NAME|FOLDER", help="Another data set with the same "
+            "classes or findings.", show_default="the run's own test images")] = None,
+    out: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Where the report goes; never "
+            "overwritten.", show_default="RUN/report, or RUN/report-DATA")] = None,
     columns: Columns = None,
     skip_bad: SkipBad = False,
 ) -> None:
@@ -456,7 +513,8 @@ def evaluate(
     job.start_tensorflow()
     from cxr_course import judging, training
     loaded = training.load_run(run)
-    predictions = None if data is None else judging.predict_elsewhere(loaded, _like(loaded.card, data, columns), skip_bad=skip_bad, say=typer.echo)
+    predictions = None if data is None else judging.predict_elsewhere(loaded,
+            _like(loaded.card, data, columns), skip_bad=skip_bad, say=typer.echo)
     folder = out or _free(run / ("report" if data is None else f"report-{Path(data).stem}"))
     typer.echo("\n" + judging.report_text(judging.report_run(loaded, folder, predictions=predictions)))
     typer.echo(f"\nThe page to read is {folder / 'report.html'}")
@@ -472,9 +530,11 @@ def _like(card: dict, data: str, columns: str | None):
 @app.command(short_help="Score image files with a run.")
 def predict(
     run: Run,
-    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Images, folders or patterns: PNG, JPEG, TIFF, DICOM, NIfTI, of any size.")],
+    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Images, folders or patterns: PNG, "
+            "JPEG, TIFF, DICOM, NIfTI, of any size.")],
     csv: Annotated[Path | None, typer.Option(metavar="FILE.csv", help="Also write a table.")] = None,
-    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Files that cannot be read do not count as a failure; they are listed all the same.")] = False,
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Files that cannot be read do not count as a "
+            "failure; they are listed all the same.")] = False,
 ) -> None:
     """Score image files with a trained run. A score is not a diagnosis.
 
@@ -503,19 +563,26 @@ def predict(
 # %% ../nbs/24_cli.ipynb #ef7168c0
 class Map(str, Enum):
     "How a heat map is made."
-    cam, gradcam, gradcam_plus, hirescam, ablation, scorecam, alone, occlusion, integrated, slope = "cam", "gradcam", "gradcam++", "hirescam", "ablation", "scorecam", "alone", "occlusion", "integrated", "slope"
+    cam, gradcam, gradcam_plus, hirescam = "cam", "gradcam", "gradcam++", "hirescam"
+    ablation, scorecam, alone = "ablation", "scorecam", "alone"
+    occlusion, integrated, slope = "occlusion", "integrated", "slope"
 
 # %% ../nbs/24_cli.ipynb #87035d47
 @app.command(short_help="Draw where a run looks on an image.")
 def explain(
     run: Run,
-    images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Images, folders or patterns: PNG, JPEG, TIFF, DICOM, NIfTI, of any size.")],
-    out: Annotated[Path, typer.Option(metavar="FILE.png|FOLDER", help="Where to: a .png for one image, a folder for several; never overwritten.")],
-    finding: Annotated[str | None, typer.Option(metavar="NAME", help="What to look for.", show_default="the run's own answer, image by image")] = None,
-    against: Annotated[str | None, typer.Option(metavar="NAME", help="Hold it against this class, NORMAL for instance; for runs of three classes and more.", show_default=False)] = None,
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Images, folders or patterns: PNG, "
+            "JPEG, TIFF, DICOM, NIfTI, of any size.")],
+    out: Annotated[Path, typer.Option(metavar="FILE.png|FOLDER", help="Where to: a .png for one image, a "
+            "folder for several; never overwritten.")],
+    finding: Annotated[str | None, typer.Option(metavar="NAME", help="What to look for.",
+                                                show_default="the run's own answer, image by image")] = None,
+    against: Annotated[str | None, typer.Option(metavar="NAME", help="Hold it against this class, NORMAL for "
+            "instance; for runs of three classes and more.", show_default=False)] = None,
     method: Annotated[Map, typer.Option(help="Which kind of heat map.")] = Map.gradcam,
 ) -> None:
-    """Show where on an image a trained run finds its evidence. A heat map is not a diagnosis, and a bright spot is not a finding.
+    """Show where on an image a trained run finds its evidence. A heat map is not a diagnosis, and a bright
+    spot is not a finding.
 
     \b
     Examples
@@ -529,14 +596,17 @@ def explain(
     bundle, paths = prediction.load_bundle(run), prediction.expand(images)
     _warn_coarse(bundle.model, method.value)
     if out.suffix.lower() == ".png" and len(paths) > 1:
-        raise core.CourseError(f"{len(paths)} images do not fit into one file", out, "name a folder with --out")
-    found = gradcam.explain_files(bundle.model, bundle.classes, paths, finding, method.value, against, bundle.findings)
-    for r in gradcam.save_overlays(core.progress(found, "explaining", len(paths)), out, method.value).to_dict("records"):
+        raise core.CourseError(f"{len(paths)} images do not fit into one file", out,
+                               "name a folder with --out")
+    found = gradcam.explain_files(bundle.model, bundle.classes, paths, finding, method.value, against,
+                                  bundle.findings)
+    for r in gradcam.save_overlays(core.progress(found, "explaining", len(paths)), out,
+                                   method.value).to_dict("records"):
         empty = ", nothing on the image speaks for it" if r["empty"] else ""
         typer.echo(f"{r['picture']}: {r['finding']}, score {r['probability']:.3f}{empty} -> {r['overlay']}")
     typer.echo("Heat maps of a model made for teaching. None of them is a diagnosis.", err=True)
 
-# %% ../nbs/24_cli.ipynb #39a557fa
+# %% ../nbs/24_cli.ipynb #ec467940
 def _warn_coarse(model, method: str) -> None:
     "Say when the last feature maps of a network are too coarse to point with."
     if method in ("occlusion", "integrated", "slope"):
@@ -544,7 +614,8 @@ def _warn_coarse(model, method: str) -> None:
     from cxr_course import cnn
     rows, cols = cnn.features(model).output_shape[1:3]
     if min(rows, cols) < 5:
-        typer.echo(f"note: the last feature maps of this network have {rows} x {cols} places, too few to point with; "
+        typer.echo(f"note: the last feature maps of this network have {rows} x {cols} places, too few to "
+                "point with; "
                    "train on larger images, or try --method occlusion", err=True)
 
 # %% ../nbs/24_cli.ipynb #845e9f93
@@ -560,15 +631,21 @@ def _announce(verdict, out: Path | None) -> None:
 @app.command(short_help="Have the images changed since a run was checked?")
 def shift(
     run: Run,
-    data: Annotated[str, typer.Option(metavar="FOLDER", help="Images that arrived: a data set of any layout, or any folder of images. Labels are not needed and not used.")],
-    out: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Also save the verdict as a page, a plot and tables; never overwritten.")] = None,
-    level: Annotated[float, typer.Option(min=.001, max=.5, help="Share of false alarms to put up with.")] = .05,
-    limit: Annotated[int, typer.Option(min=10, help="Patients of each side that are compared, drawn at random.")] = 500,
+    data: Annotated[str, typer.Option(metavar="FOLDER", help="Images that arrived: a data set of any layout, "
+            "or any folder of images. Labels are not needed and not used.")],
+    out: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Also save the verdict as a page, a plot "
+            "and tables; never overwritten.")] = None,
+    level: Annotated[float, typer.Option(min=.001, max=.5,
+                                         help="Share of false alarms to put up with.")] = .05,
+    limit: Annotated[int, typer.Option(min=10, help="Patients of each side that are compared, drawn at "
+            "random.")] = 500,
     skip_bad: SkipBad = False,
 ) -> None:
-    """Compare new images with those a run was checked with, without any label. Exit code 0: no shift found; 1: a shift was found; 2: it could not be told.
+    """Compare new images with those a run was checked with, without any label. Exit code 0: no shift found;
+    1: a shift was found; 2: it could not be told.
 
-    Patients are shuffled, so images of one patient do not count as independent. No shift found is no proof that there is none.
+    Patients are shuffled, so images of one patient do not count as independent. No shift found is no proof
+    that there is none.
 
     \b
     Examples
@@ -584,13 +661,20 @@ def shift(
 # %% ../nbs/24_cli.ipynb #d6f5ee78
 @app.command(short_help="Run system A's eight models, one change each.")
 def experiments(
-    data: Annotated[str, typer.Option(metavar="NAME|FOLDER", help="A data set with healthy, bacterial and viral images.")] = "sample",
-    out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the runs go; what is finished there is kept.")] = Path("runs/experiments"),
-    seeds: Annotated[int, typer.Option(min=1, help="Each model so many times, each time with another random seed.")] = 3,
-    epochs: Annotated[int, typer.Option(min=1, help="Passes over the training images, at most. System A: 80.")] = 15,
-    scale: Annotated[float, typer.Option(min=.2, max=2., help="Size of the images; 1 is system A's 129 x 180.")] = .5,
-    images: Annotated[int | None, typer.Option(min=1, help="Training images of each class; model A7 takes twice as many.", show_default="half of what there is")] = None,
-    only: Annotated[list[str] | None, typer.Option(metavar="NAME", help="Only this model; may be repeated.", show_default="all eight")] = None,
+    data: Annotated[str, typer.Option(metavar="NAME|FOLDER", help="A data set with healthy, bacterial and "
+            "viral images.")] = "sample",
+    out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the runs go; what is finished there is "
+            "kept.")] = Path("runs/experiments"),
+    seeds: Annotated[int, typer.Option(min=1, help="Each model so many times, each time with another random "
+            "seed.")] = 3,
+    epochs: Annotated[int, typer.Option(min=1,
+                                        help="Passes over the training images, at most. System A: 80.")] = 15,
+    scale: Annotated[float, typer.Option(min=.2, max=2., help="Size of the images; 1 is system A's 129 x "
+            "180.")] = .5,
+    images: Annotated[int | None, typer.Option(min=1, help="Training images of each class; model A7 takes "
+            "twice as many.", show_default="half of what there is")] = None,
+    only: Annotated[list[str] | None, typer.Option(metavar="NAME", help="Only this model; may be repeated.",
+                                                   show_default="all eight")] = None,
     columns: Columns = None,
     skip_bad: SkipBad = False,
 ) -> None:
@@ -607,7 +691,8 @@ def experiments(
     from cxr_course import experiments as lab
     most = int(frame.loc[frame["split"] == "train", "label"].value_counts().min())
     images = images or most // 2
-    chain = [e for e in lab.system_a(images, min(2 * images, most), scale, epochs) if not only or e.name in only]
+    chain = [e for e in lab.system_a(images, min(2 * images, most), scale,
+                                     epochs) if not only or e.name in only]
     _compare(lab.run(chain, frame, out, range(seeds), skip_bad=skip_bad, say=typer.echo), out)
 
 # %% ../nbs/24_cli.ipynb #17d4b862
@@ -620,16 +705,18 @@ def _compare(folder: Path, out: Path) -> None:
     with core.atomic(out / "runs.csv") as part:
         runs.to_csv(part, index=False)
     if len(gains):
-        typer.echo("\n" + repr(core.table(gains, "gain in AUC over the model it changes, 95 % interval over patients and seeds")))
+        typer.echo("\n" + repr(core.table(gains, "gain in AUC over the model it changes, 95 % interval over "
+                "patients and seeds")))
         with core.atomic(out / "differences.csv") as part:
             gains.to_csv(part, index=False)
         with core.atomic(out / "differences.png") as part:
             lab.plot_differences(gains).savefig(part, dpi=120, format="png")
 
-# %% ../nbs/24_cli.ipynb #a450356a
+# %% ../nbs/24_cli.ipynb #e2f3ca3b
 @app.command(short_help="Write down what several runs reached.")
 def record(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Finished runs that differ in the seed only.")],
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Finished runs that differ in the seed "
+            "only.")],
     data: Annotated[str, typer.Option(metavar="WORDS", help="Which images, in words.")],
     command: Annotated[str, typer.Option(metavar="WORDS", help="What made the runs.")],
     out: Annotated[Path, typer.Option(metavar="FILE.json", help="Where to.")],
@@ -638,7 +725,7 @@ def record(
 
     \b
     Example
-      cxr-course record runs/k0 runs/k1 runs/k2 --data "my images" --command "cxr-course train ..." --out results/mine.json
+      cxr-course record runs/k0 runs/k1 --data "my images" --command "cxr-course train ..." --out results/mine.json
     """
     from cxr_course import core, job
     job.start_tensorflow()
@@ -658,15 +745,23 @@ class Room(str, Enum):
 @app.command(short_help="Search for a better network within a budget.")
 def tune(
     data: Data = "sample",
-    method: Annotated[Method, typer.Option(help="random: at random. hyperband: many for a short time, the better ones longer. bayesian: where earlier trials promise most.")] = Method.bayesian,
-    trials: Annotated[int, typer.Option(min=1, help="Networks to try; hyperband spends the same epochs on more and shorter trials.")] = 20,
-    epochs: Annotated[int, typer.Option(min=1, help="Passes over the training images for one network, at most.")] = 9,
-    minutes: Annotated[float | None, typer.Option(min=.1, help="No trial starts after so long; earlier sittings count.", show_default="no limit")] = None,
+    method: Annotated[Method, typer.Option(help="random: at random. hyperband: many for a short time, the "
+            "better ones longer. bayesian: where earlier trials promise most.")] = Method.bayesian,
+    trials: Annotated[int, typer.Option(min=1, help="Networks to try; hyperband spends the same epochs on "
+            "more and shorter trials.")] = 20,
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the training images for one network, at "
+            "most.")] = 9,
+    minutes: Annotated[float | None, typer.Option(min=.1, help="No trial starts after so long; earlier "
+            "sittings count.", show_default="no limit")] = None,
     out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the search goes.")] = Path("runs/search"),
-    size: Annotated[str, typer.Option(metavar="PIXELS", help="Images are cropped and resized to this: 64, or HEIGHTxWIDTH. System E: 180.")] = "64",
-    space: Annotated[Room, typer.Option(help="system-e: 32 to 256 filters. small: a quarter of them, for a laptop.")] = Room.system_e,
-    executions: Annotated[int, typer.Option(min=1, help="Trainings of each network with different random seeds; their mean counts.")] = 1,
-    folds: Annotated[int | None, typer.Option(min=2, help="Judge on so many folds by patient instead of on val.", show_default="val")] = None,
+    size: Annotated[str, typer.Option(metavar="PIXELS", help="Images are cropped and resized to this: 64, or "
+            "HEIGHTxWIDTH. System E: 180.")] = "64",
+    space: Annotated[Room, typer.Option(help="system-e: 32 to 256 filters. small: a quarter of them, for a "
+            "laptop.")] = Room.system_e,
+    executions: Annotated[int, typer.Option(min=1, help="Trainings of each network with different random "
+            "seeds; their mean counts.")] = 1,
+    folds: Annotated[int | None, typer.Option(min=2, help="Judge on so many folds by patient instead of on "
+            "val.", show_default="val")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Batch size: images a step.")] = 32,
     seed: Seed = 0,
     classes: Classes = None,
@@ -674,17 +769,19 @@ def tune(
     skip_bad: SkipBad = False,
     unknown: Strangers = Unknown.image,
     resplit: Resplit = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue a search that was killed, or give it more trials or minutes.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue a search that was killed, or give it "
+            "more trials or minutes.")] = False,
 ) -> None:
     """Search for a better network, say what the search is worth, and train the winner.
 
-    Validation images choose; the test images judge the winner once, at the end. A trial that fails is recorded and passed over.
+    Validation images choose; the test images judge the winner once, at the end. A trial that fails is
+    recorded and passed over.
 
     \b
     Examples
       cxr-course tune --method random --trials 12 --space small
-      cxr-course tune --data path/to/chest_xray --method bayesian --trials 20 --minutes 240 --out runs/search
-      cxr-course tune --data path/to/chest_xray --method bayesian --trials 20 --minutes 240 --out runs/search --resume
+      cxr-course tune --data path/to/chest_xray --trials 20 --minutes 240 --out runs/search
+      cxr-course tune --data path/to/chest_xray --trials 20 --minutes 240 --out runs/search --resume
     """
     if not resume:
         _refuse_search(out)
@@ -695,9 +792,11 @@ def tune(
     store = job.prepare(frame, shape, seed=seed, resplit=resplit, skip_bad=skip_bad, say=typer.echo)
     job.start_tensorflow()
     from cxr_course import tuning
-    options = dict(trials=trials, epochs=epochs, minutes=minutes, executions=executions, folds=folds, seed=seed, batch=batch, resume=resume)
+    options = dict(trials=trials, epochs=epochs, minutes=minutes, executions=executions, folds=folds,
+                   seed=seed, batch=batch, resume=resume)
     try:
-        found = tuning.search(method.value, store, out, space=tuning.SMALL if space == Room.small else tuning.SYSTEM_E, **options)
+        found = tuning.search(method.value, store, out,
+                              space=tuning.SMALL if space == Room.small else tuning.SYSTEM_E, **options)
     except KeyboardInterrupt:
         typer.echo("\nstopped by Ctrl-C; finished trials are kept: add --resume to go on", err=True)
         raise typer.Exit(130) from None
@@ -708,7 +807,8 @@ def tune(
 def _refuse_search(out: Path) -> None:
     if (out / "plan.json").exists():
         from cxr_course.core import CourseError
-        raise CourseError("a search lies here already", out, "add --resume to continue it, or name another folder")
+        raise CourseError("a search lies here already", out, "add --resume to continue it, or name another "
+                "folder")
 
 def _tell_search(found, out: Path) -> None:
     "The best trials, what mattered, and what the winner's AUC is worth; the same as files."
@@ -727,7 +827,8 @@ def _tell_search(found, out: Path) -> None:
     for name, plot in plots.items():
         with core.atomic(out / f"{name}.png") as part:
             plot.savefig(part, dpi=120, format="png")
-    typer.echo(f"\n{tuning.caution(out)}\nTensorBoard's page of hyperparameters: tensorboard --logdir {out / 'logs'}")
+    typer.echo(f"\n{tuning.caution(out)}\nTensorBoard's page of hyperparameters: tensorboard --logdir "
+            f"{out / 'logs'}")
 
 # %% ../nbs/24_cli.ipynb #60fe7ac1
 def _train_winner(store, out: Path, seed: int, epochs: int, batch: int) -> None:
@@ -737,26 +838,32 @@ def _train_winner(store, out: Path, seed: int, epochs: int, batch: int) -> None:
     won = tuning.spec_of(row)
     if run.exists():
         same = training.load_run(run).card["model"]["spec"]["conv"] == list(won.conv)
-        typer.echo(f"\n{run} is there already and stays as it is" + ("" if same else "; it was trained from an earlier winner: "
-                   "rename it and repeat the command to train the present one"))
+        other = "it was trained from an earlier winner: rename it and repeat the command to train the present one"
+        typer.echo(f"\n{run} is there already and stays as it is" + ("" if same else f"; {other}"))
         return
-    made = job.train_job(store, run, model=won, name="tuned", lr=float(row["lr"]), epochs=epochs, batch=batch, patience=3, seed=seed,
+    made = job.train_job(store, run, model=won, name="tuned", lr=float(row["lr"]), epochs=epochs, batch=batch,
+                         patience=3, seed=seed,
                          resume=job.can_resume(run), say=typer.echo)
     _done(made, run)
 
 # %% ../nbs/24_cli.ipynb #4c19d867
-@app.command(short_help="Train on several processes or machines; survives the death of one.", context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
+@app.command(short_help="Train on several processes or machines; survives the death of one.",
+             context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
 def launch(
-    words: Annotated[list[str], typer.Argument(metavar="train ...", help="The training command with its options; it needs --out.")],
+    words: Annotated[list[str], typer.Argument(metavar="train ...", help="The training command with its "
+            "options; it needs --out.")],
     workers: Annotated[int, typer.Option(min=2, max=64, help="Processes on this machine.")] = 2,
-    hosts: Annotated[str | None, typer.Option(metavar="NAME:PORT,...", help="Machines instead, the one that writes first; each needs this port and the next.", show_default=False)] = None,
-    here: Annotated[int | None, typer.Option(min=0, help="Which of the hosts this machine is, from 0.", show_default=False)] = None,
+    hosts: Annotated[str | None, typer.Option(metavar="NAME:PORT,...", help="Machines instead, the one that "
+            "writes first; each needs this port and the next.", show_default=False)] = None,
+    here: Annotated[int | None, typer.Option(min=0, help="Which of the hosts this machine is, from 0.",
+                                             show_default=False)] = None,
     wait: Annotated[float, typer.Option(min=.1, help="Seconds to wait for the others.")] = 60.,
     restarts: Annotated[int, typer.Option(min=0, help="How often to start again after a worker died.")] = 3,
 ) -> None:
     """Train on several processes or machines, and go on from the last epoch when one of them dies.
 
-    The result is the run of one process. Unequal code or images, a taken port or a machine that does not come are told within seconds.
+    The result is the run of one process. Unequal code or images, a taken port or a machine that does not come
+    are told within seconds.
 
     \b
     Examples
@@ -768,8 +875,11 @@ def launch(
     from cxr_course.core import CourseError
     if words[0] != "train": raise CourseError(f"{words[0]!r} cannot be launched", None, "only 'train' can")
     names = hosts.split(",") if hosts else []
-    if not names: typer.echo("\n".join(["On machines of your own the same would be:", *(f"  {line}" for line in scaling.commands(words, [f"host{i + 1}:7801" for i in range(workers)])), ""]))
-    if code := scaling.launch(words, workers, names, here, restarts, wait, say=typer.echo): raise typer.Exit(code)
+    if not names: typer.echo("\n".join(["On machines of your own the same would be:",
+                                        *(f"  {line}" for line in scaling.commands(words,
+                                                [f"host{i + 1}:7801" for i in range(workers)])), ""]))
+    if code := scaling.launch(words, workers, names, here, restarts, wait,
+                              say=typer.echo): raise typer.Exit(code)
 
 # %% ../nbs/24_cli.ipynb #fa31fa39
 if __name__ == "__main__" and "__file__" in globals(): app(prog_name="cxr-course")

@@ -43,8 +43,10 @@ def after(
     "The parent with one change."
     options = parent.options | values.pop("options", {})
     changed = replace(parent, name=name, change=change, parent=parent.name, options=options, **values)
-    if (changed.model, changed.shape, changed.images, changed.options) == (parent.model, parent.shape, parent.images, parent.options):
-        raise CourseError(f"the experiment {name!r} changes nothing", f"after {parent.name!r}", "give the field that differs: model, shape, images or options")
+    if (changed.model, changed.shape, changed.images, changed.options) == (parent.model, parent.shape,
+            parent.images, parent.options):
+        raise CourseError(f"the experiment {name!r} changes nothing", f"after {parent.name!r}",
+                          "give the field that differs: model, shape, images or options")
     return changed
 
 # %% ../nbs/17_experiments.ipynb #92036dfc
@@ -56,13 +58,15 @@ def system_a(
 ) -> list[Experiment]: # its eight models, each one change after another
     "The eight experiments of system A."
     size = lambda h, w: (round(h * scale), round(w * scale))
-    one = Experiment("A1", model="a1", shape=size(129, 180), images=images, options=dict(epochs=epochs, batch=30, lr=.01))
+    one = Experiment("A1", model="a1", shape=size(129, 180), images=images,
+                     options=dict(epochs=epochs, batch=30, lr=.01))
     two = after(one, "A2", "RMSprop instead of SGD", model="a2", options=dict(lr=.001))
     three = after(two, "A3", "dropout .2", model="a3")
     four = after(three, "A4", "L2 penalty .005", model="a4")
     five = after(four, "A5", "one block fewer, dense layer of 64", model="a5")
     return [one, two, three, four, five, after(five, "A6", "larger images", model="a6", shape=size(172, 240)),
-            after(five, "A7", "more training images", model="a7", images=more), after(five, "A8", "L2 penalty .008", model="a8")]
+            after(five, "A7", "more training images", model="a7", images=more),
+            after(five, "A8", "L2 penalty .008", model="a8")]
 
 # %% ../nbs/17_experiments.ipynb #1c1f985e
 def subsample_training(
@@ -80,7 +84,8 @@ def subsample_training(
     there = drawn.size()
     if (there < images).any():
         counts = ", ".join(f"{label}: {n}" for label, n in there.items())
-        raise CourseError(f"there are not {images} training images of each class", counts, f"ask for {there.min()} at most")
+        raise CourseError(f"there are not {images} training images of each class", counts,
+                          f"ask for {there.min()} at most")
     return pd.concat([frame.loc[drawn.head(images).index.sort_values()], rest])
 
 # %% ../nbs/17_experiments.ipynb #c37e0531
@@ -126,21 +131,27 @@ def _run_one(e: Experiment, seed: int, store, target: Path) -> None:
 # %% ../nbs/17_experiments.ipynb #24e7e1fb
 def _remember(experiments: list[Experiment], frame: pd.DataFrame, folder: Path) -> None:
     "Write down what the list was; refuse to mix it with another one."
-    images = sorted(zip(map(str, frame["path"]), map(str, frame["split"])))
-    now = json.loads(json.dumps(dict(images=hashlib.blake2b(repr(images).encode(), digest_size=8).hexdigest(), experiments={e.name: asdict(e) for e in experiments})))
+    rows = sorted(zip(map(str, frame["path"]), map(str, frame["split"])))
+    mark = hashlib.blake2b(repr(rows).encode(), digest_size=8).hexdigest()
+    now = json.loads(json.dumps(dict(images=mark, experiments={e.name: asdict(e) for e in experiments})))
     file = folder / "experiments.json"
     if file.exists():
         then = json.loads(file.read_text(encoding="utf-8"))
         changed = [n for n, e in now["experiments"].items() if then["experiments"].get(n, e) != e]
-        if then["images"] != now["images"]: raise CourseError("this folder holds experiments on other images or other splits", folder, "use another folder")
-        if changed: raise CourseError("an experiment has changed since it was run here", f"{folder}: {', '.join(changed)}", "give the changed one a new name, or use another folder")
+        if then["images"] != now["images"]:
+            raise CourseError("this folder holds experiments on other images or other splits", folder, "use another folder")
+        if changed:
+            raise CourseError("an experiment has changed since it was run here", f"{folder}: {', '.join(changed)}",
+                              "give the changed one a new name, or use another folder")
         now["experiments"] = then["experiments"] | now["experiments"]
-    with atomic(file) as part: part.write_text(json.dumps(now, indent=1), encoding="utf-8")
+    with atomic(file) as part:
+        part.write_text(json.dumps(now, indent=1), encoding="utf-8")
 
 # %% ../nbs/17_experiments.ipynb #41c8bb94
 def _plan(folder: Path) -> dict[str, dict]:
     "The list of experiments that a folder was filled from."
-    if not (folder / "experiments.json").exists(): raise CourseError("no experiments were run here", folder, "give the folder that `run` filled")
+    if not (folder / "experiments.json").exists():
+        raise CourseError("no experiments were run here", folder, "give the folder that `run` filled")
     return json.loads((folder / "experiments.json").read_text(encoding="utf-8"))["experiments"]
 
 # %% ../nbs/17_experiments.ipynb #6c7ace56
@@ -157,7 +168,8 @@ def figures(
     "What system A reported, and the AUC."
     kinds = evaluation.errors(predictions)["share"].map(lambda e: e.value)
     right = kinds.get("right class", kinds["right, sick or healthy"])
-    return dict(auc=macro(predictions), accuracy=right, binary=kinds["right, sick or healthy"], **_recalls(predictions))
+    return dict(auc=macro(predictions), accuracy=right, binary=kinds["right, sick or healthy"],
+                **_recalls(predictions))
 
 # %% ../nbs/17_experiments.ipynb #526e2705
 def _recalls(predictions: pd.DataFrame, threshold=None) -> dict[str, float]:
@@ -168,14 +180,15 @@ def _recalls(predictions: pd.DataFrame, threshold=None) -> dict[str, float]:
 def collect(
     folder: str | Path, # where `run` put its run folders
     split: str = "test", # or 'val'
-) -> pd.DataFrame: # one row a run: experiment, seed, parent, change, parameters, epochs, seconds, and the metrics
+) -> pd.DataFrame: # one row a run: experiment, seed, parent, change, cost and metrics
     "The table of runs, read from the folders."
     folder, rows = Path(folder), []
     for name, e in _plan(folder).items():
         for card in sorted((folder / name).glob("seed-*/card.json")):
             r = training.load_run(card.parent)
             p = r.predictions[r.predictions["split"] == split].reset_index(drop=True)
-            row = dict(experiment=name, seed=int(card.parent.name[5:]), parent=e["parent"], change=e["change"])
+            row = dict(experiment=name, seed=int(card.parent.name[5:]), parent=e["parent"],
+                       change=e["change"])
             rows.append(row | _cost(r) | figures(p))
     return pd.DataFrame(rows)
 
@@ -188,12 +201,19 @@ def _cost(r: training.Run) -> dict:
 # %% ../nbs/17_experiments.ipynb #4c1a05d5
 def summary(
     runs: pd.DataFrame, # from `collect`
-    columns: Iterable[str] = ("auc", "accuracy", "binary"), # figures to show
-) -> pd.DataFrame: # one row an experiment, each figure as mean and range over seeds
+    columns: Iterable[str] = ("auc", "accuracy", "binary"), # metrics to show
+) -> pd.DataFrame: # one row an experiment, each metric as mean and range over seeds
     "The table a reader wants: one line an experiment."
-    show = lambda v: f"{v.mean():.3f} ({v.min():.3f} to {v.max():.3f})"
-    rows = [dict(experiment=n, change=g["change"].iloc[0], parameters=f"{g['parameters'].iloc[0]:,}", epochs=f"{g['epochs'].mean():.0f}", **{c: show(g[c]) for c in columns}) for n, g in runs.groupby("experiment", sort=False)]
+    rows = []
+    for name, each in runs.groupby("experiment", sort=False):
+        first = each.iloc[0]
+        row = dict(experiment=name, change=first["change"], parameters=f"{first['parameters']:,}", epochs=f"{each['epochs'].mean():.0f}")
+        rows.append(row | {c: _mean_and_range(each[c]) for c in columns})
     return pd.DataFrame(rows)
+
+# %% ../nbs/17_experiments.ipynb #b9b7ddab
+def _mean_and_range(values: pd.Series) -> str:
+    return f"{values.mean():.3f} ({values.min():.3f} to {values.max():.3f})"
 
 # %% ../nbs/17_experiments.ipynb #6bdb2131
 def differences(
@@ -202,30 +222,42 @@ def differences(
     split: str = "test", # or 'val'
 ) -> pd.DataFrame: # one row a change: experiment, parent, change, gain, low, high, real
     "What each change bought in AUC, with an interval over patients and seeds."
-    folder, plan = Path(folder), _plan(Path(folder))
+    folder, plan, rows = Path(folder), _plan(Path(folder)), []
     drawn = {name: _resampled(folder / name, split, times) for name in plan}
-    rows = []
     for name, e in plan.items():
-        if e["parent"] not in drawn: continue
-        seeds = sorted(set(drawn[name]) & set(drawn[e["parent"]]))
-        if not seeds: raise CourseError("an experiment and its parent have no seed in common", f"{name}, {e['parent']}", "run both with the same seeds")
-        gap = np.stack([drawn[name][s] - drawn[e["parent"]][s] for s in seeds])                     # (seeds, 1 + times)
-        drawn_seeds = rng("differences", name).integers(len(seeds), size=(len(seeds), times))
-        low, high = np.nanquantile(np.take_along_axis(gap[:, 1:], drawn_seeds, axis=0).mean(axis=0), [.025, .975])      # draws that lacked a class are left out
-        rows.append(dict(experiment=name, parent=e["parent"], change=e["change"], gain=gap[:, 0].mean(), low=low, high=high, real=bool(low > 0 or high < 0)))
+        if e["parent"] not in drawn:
+            continue
+        gain, low, high = _gain(name, drawn[name], e["parent"], drawn[e["parent"]], times)
+        row = dict(experiment=name, parent=e["parent"], change=e["change"])
+        rows.append(row | dict(gain=gain, low=low, high=high, real=bool(low > 0 or high < 0)))
     return pd.DataFrame(rows)
+
+# %% ../nbs/17_experiments.ipynb #9cdc5669
+def _gain(name: str, ours: dict, parent: str, theirs: dict, times: int) -> tuple[float, float, float]:
+    "Mean gain over the seeds that both have, and its 95 % interval over redrawn patients and seeds."
+    seeds = sorted(set(ours) & set(theirs))
+    if not seeds:
+        raise CourseError("an experiment and its parent have no seed in common", f"{name}, {parent}",
+                          "run both with the same seeds")
+    gap = np.stack([ours[s] - theirs[s] for s in seeds])                        # (seeds, 1 + times)
+    drawn = rng("differences", name).integers(len(seeds), size=(len(seeds), times))
+    means = np.take_along_axis(gap[:, 1:], drawn, axis=0).mean(axis=0)
+    low, high = np.nanquantile(means, [.025, .975])                             # draws that lacked a class are left out
+    return float(gap[:, 0].mean()), float(low), float(high)
 
 # %% ../nbs/17_experiments.ipynb #63d6e849
 def _resampled(folder: Path, split: str, times: int) -> dict[int, np.ndarray]:
-    "For each seed the mean AUC on all patients, then on each redrawn set of patients (the same sets for every run)."
+    "For each seed the mean AUC on all patients, then on each redrawn set of patients (the same for every run)."
     found = {}
     for card in sorted(folder.glob("seed-*/card.json")):
-        r = training.load_run(card.parent)
-        p = r.predictions[r.predictions["split"] == split].sort_values("path").reset_index(drop=True)
+        p = training.load_run(card.parent).predictions
+        p = p[p["split"] == split].sort_values("path").reset_index(drop=True)
         codes, counts = evaluation.resample(groups(p), times, seed=0)
-        all_ = [np.r_[evaluation.auc(y, s), evaluation.resampled_auc(y, s, codes, counts)] for y, s in evaluation.questions(p).values()]
-        known = ~np.isnan(all_)                                          # a redrawn set of patients can lack a class
-        found[int(card.parent.name[5:])] = np.where(known.any(0), np.nansum(all_, 0) / np.maximum(known.sum(0), 1), np.nan)
+        asked = evaluation.questions(p).values()
+        each = [np.r_[evaluation.auc(y, s), evaluation.resampled_auc(y, s, codes, counts)] for y, s in asked]
+        known = ~np.isnan(each)                          # a redrawn set of patients can lack a class
+        mean = np.nansum(each, 0) / np.maximum(known.sum(0), 1)
+        found[int(card.parent.name[5:])] = np.where(known.any(0), mean, np.nan)
     return found
 
 # %% ../nbs/17_experiments.ipynb #b155c5e5
@@ -240,7 +272,9 @@ def plot_differences(
         ax.plot([g.low, g.high], [y, y], color=colour, lw=2)
         ax.plot(g.gain, y, "o", color=colour)
     ax.axvline(0, color="black", lw=.8)
-    ax.set(yticks=range(len(gains)), yticklabels=[f"{g.experiment}: {g.change} (after {g.parent})" for g in gains.itertuples()], xlabel="gain in AUC on the test images, 95 % interval over patients and seeds", ylim=(len(gains) - .5, -.5))
+    ax.set_yticks(range(len(gains)), [f"{g.experiment}: {g.change} (after {g.parent})" for g in gains.itertuples()])
+    ax.set_xlabel("gain in AUC on the test images, 95 % interval over patients and seeds")
+    ax.set_ylim(len(gains) - .5, -.5)
     ax.spines[["top", "right"]].set_visible(False)
     plt.close(fig)
     return fig
@@ -256,38 +290,46 @@ def record(
     runs = [training.load_run(r) for r in runs]
     first = runs[-1]
     known = groups(first.predictions).str.startswith("patient:").all()
-    found = dict(data=data, command=command, model=first.card["model"]["name"], parameters=first.card["model"]["parameters"],
+    found = dict(data=data, command=command, model=first.card["model"]["name"],
+                 parameters=first.card["model"]["parameters"],
                  shape=first.card["preprocessing"]["shape"], images=dict(first.card["data"]["splits"]),
-                 patients="known" if known else "not all known: grouped by examination or image where missing",
+                 patients="known" if known else "not all known: grouped by examination or image where "
+                         "missing",
                  runs=[_reached(r) for r in runs])
     with atomic(out) as part:
         part.write_text(json.dumps(found, indent=1), encoding="utf-8")
     return found
 
-# %% ../nbs/17_experiments.ipynb #90396005
+# %% ../nbs/17_experiments.ipynb #d2629c61
 def _reached(r: training.Run) -> dict:
     "What one run reached on its test images."
     from cxr_course import decisions
     p, t = r.predictions[r.predictions["split"] == "test"].reset_index(drop=True), r.card["training"]
     names, two = Task.of(p).names, len(Task.of(p).names) == 2
     recall = _recalls(p, r.card["threshold"] if two else None)
-    calibration = decisions.ece(p["label"] == names[-1], p[f"p_{names[-1]}"], groups(p)) if two else [None] * 3
+    calibration = decisions.ece(p["label"] == names[-1], p[f"p_{names[-1]}"],
+                                groups(p)) if two else [None] * 3
     return dict(seed=t["seed"], date=r.card["date"][:10], auc=list(r.metric("AUC", "test"))[:3],
-                recall=dict(zip(names, recall.values())), balanced_accuracy=float(np.mean(list(recall.values()))),
-                calibration_error=list(calibration)[:3], epochs=t["epochs_run"], seconds=t["seconds"], peak_mb=t.get("peak_mb"))
+                recall=dict(zip(names, recall.values())),
+                balanced_accuracy=float(np.mean(list(recall.values()))),
+                calibration_error=list(calibration)[:3], epochs=t["epochs_run"], seconds=t["seconds"],
+                peak_mb=t.get("peak_mb"))
 
 # %% ../nbs/17_experiments.ipynb #58c88b1f
 def recorded(
     folder: str | Path = "results", # where the .json files lie
 ) -> pd.DataFrame: # one row a file: mean over seeds, with the range
     "The table of what was recorded."
-    rows = []
-    for file in sorted(Path(folder).glob("*.json")):
-        found = json.loads(file.read_text(encoding="utf-8"))
-        if "runs" not in found: continue
-        runs = pd.DataFrame(found["runs"])
-        show = lambda v: f"{v.mean():.3f} ({v.min():.3f} to {v.max():.3f})"
-        first = lambda column: runs[column].map(lambda v: v[0]).astype(float)
-        rows.append(dict(images=found["data"], model=found["model"], parameters=f"{found['parameters']:,}", seeds=len(runs), auc=show(first("auc")), by_chance="{:.3f} to {:.3f}".format(*runs["auc"][0][1:]),
-                         balanced_accuracy=show(runs["balanced_accuracy"]), calibration_error=show(first("calibration_error")), seconds=f"{runs['seconds'].mean():.0f}", date=runs["date"].max()))
-    return pd.DataFrame(rows)
+    found = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(Path(folder).glob("*.json"))]
+    return pd.DataFrame([_recorded_row(f) for f in found if "runs" in f])
+
+# %% ../nbs/17_experiments.ipynb #8745b57b
+def _recorded_row(found: dict) -> dict:
+    runs = pd.DataFrame(found["runs"])
+    auc, calibration = (runs[c].map(lambda v: v[0]).astype(float) for c in ("auc", "calibration_error"))
+    return dict(
+        images=found["data"], model=found["model"], parameters=f"{found['parameters']:,}", seeds=len(runs),
+        auc=_mean_and_range(auc), by_chance="{:.3f} to {:.3f}".format(*runs["auc"][0][1:]),
+        balanced_accuracy=_mean_and_range(runs["balanced_accuracy"]), calibration_error=_mean_and_range(calibration),
+        seconds=f"{runs['seconds'].mean():.0f}", date=runs["date"].max(),
+    )
