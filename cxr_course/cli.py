@@ -328,8 +328,8 @@ def data_decode(
     \b
     Examples
       cxr-course data decode path/to/nih --size 224 --workers 8
-      cxr-course data decode path/to/nih --size 224 --shard 0/4      (on the first of four hosts that share a disk;
-                                                                      when all are done, without --shard)
+      cxr-course data decode path/to/nih --size 224 --shard 0/4   (the first of four hosts that share a disk;
+                                                                   when all are done, without --shard)
     """
     from cxr_course import preparing, scaling
     with preparing.typed_remedy("'cxr-course data check' says what is wrong with each; mend or remove them, "
@@ -456,7 +456,7 @@ def train(
     unknown: Strangers = Unknown.image,
     resplit: Resplit = False,
     duplicates: Annotated[Duplicates, typer.Option(help="Copies of test or validation images that are left "
-            "out of training. exact: the same file. near: also the same image saved again.")] = Duplicates.exact,
+            "out. exact: the same file. near: also the same image saved again.")] = Duplicates.exact,
     resume: Annotated[bool, typer.Option("--resume", help="Continue a run that was killed; same options as "
             "then.")] = False,
 ) -> None:
@@ -712,7 +712,7 @@ def _compare(folder: Path, out: Path) -> None:
         with core.atomic(out / "differences.png") as part:
             lab.plot_differences(gains).savefig(part, dpi=120, format="png")
 
-# %% ../nbs/24_cli.ipynb #e2f3ca3b
+# %% ../nbs/24_cli.ipynb #771bccbe
 @app.command(short_help="Write down what several runs reached.")
 def record(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Finished runs that differ in the seed "
@@ -725,7 +725,7 @@ def record(
 
     \b
     Example
-      cxr-course record runs/k0 runs/k1 --data "my images" --command "cxr-course train ..." --out results/mine.json
+      cxr-course record runs/k0 runs/k1 --data "my images" --command "cxr-course train ..." --out mine.json
     """
     from cxr_course import core, job
     job.start_tensorflow()
@@ -838,7 +838,7 @@ def _train_winner(store, out: Path, seed: int, epochs: int, batch: int) -> None:
     won = tuning.spec_of(row)
     if run.exists():
         same = training.load_run(run).card["model"]["spec"]["conv"] == list(won.conv)
-        other = "it was trained from an earlier winner: rename it and repeat the command to train the present one"
+        other = "it was trained from an earlier winner: rename it and repeat the command for the present one"
         typer.echo(f"\n{run} is there already and stays as it is" + ("" if same else f"; {other}"))
         return
     made = job.train_job(store, run, model=won, name="tuned", lr=float(row["lr"]), epochs=epochs, batch=batch,

@@ -139,9 +139,11 @@ def _remember(experiments: list[Experiment], frame: pd.DataFrame, folder: Path) 
         then = json.loads(file.read_text(encoding="utf-8"))
         changed = [n for n, e in now["experiments"].items() if then["experiments"].get(n, e) != e]
         if then["images"] != now["images"]:
-            raise CourseError("this folder holds experiments on other images or other splits", folder, "use another folder")
+            raise CourseError("this folder holds experiments on other images or other splits", folder,
+                              "use another folder")
         if changed:
-            raise CourseError("an experiment has changed since it was run here", f"{folder}: {', '.join(changed)}",
+            raise CourseError("an experiment has changed since it was run here",
+                              f"{folder}: {', '.join(changed)}",
                               "give the changed one a new name, or use another folder")
         now["experiments"] = then["experiments"] | now["experiments"]
     with atomic(file) as part:
@@ -207,7 +209,8 @@ def summary(
     rows = []
     for name, each in runs.groupby("experiment", sort=False):
         first = each.iloc[0]
-        row = dict(experiment=name, change=first["change"], parameters=f"{first['parameters']:,}", epochs=f"{each['epochs'].mean():.0f}")
+        row = dict(experiment=name, change=first["change"], parameters=f"{first['parameters']:,}",
+                   epochs=f"{each['epochs'].mean():.0f}")
         rows.append(row | {c: _mean_and_range(each[c]) for c in columns})
     return pd.DataFrame(rows)
 
@@ -232,22 +235,22 @@ def differences(
         rows.append(row | dict(gain=gain, low=low, high=high, real=bool(low > 0 or high < 0)))
     return pd.DataFrame(rows)
 
-# %% ../nbs/17_experiments.ipynb #9cdc5669
+# %% ../nbs/17_experiments.ipynb #b90c5b93
 def _gain(name: str, ours: dict, parent: str, theirs: dict, times: int) -> tuple[float, float, float]:
     "Mean gain over the seeds that both have, and its 95 % interval over redrawn patients and seeds."
     seeds = sorted(set(ours) & set(theirs))
     if not seeds:
         raise CourseError("an experiment and its parent have no seed in common", f"{name}, {parent}",
                           "run both with the same seeds")
-    gap = np.stack([ours[s] - theirs[s] for s in seeds])                        # (seeds, 1 + times)
+    gap = np.stack([ours[s] - theirs[s] for s in seeds])     # (seeds, 1 + times)
     drawn = rng("differences", name).integers(len(seeds), size=(len(seeds), times))
     means = np.take_along_axis(gap[:, 1:], drawn, axis=0).mean(axis=0)
-    low, high = np.nanquantile(means, [.025, .975])                             # draws that lacked a class are left out
+    low, high = np.nanquantile(means, [.025, .975])          # draws that lacked a class are left out
     return float(gap[:, 0].mean()), float(low), float(high)
 
 # %% ../nbs/17_experiments.ipynb #63d6e849
 def _resampled(folder: Path, split: str, times: int) -> dict[int, np.ndarray]:
-    "For each seed the mean AUC on all patients, then on each redrawn set of patients (the same for every run)."
+    "For each seed the mean AUC on all patients, then on each redrawn set of them (the same for every run)."
     found = {}
     for card in sorted(folder.glob("seed-*/card.json")):
         p = training.load_run(card.parent).predictions
@@ -272,7 +275,8 @@ def plot_differences(
         ax.plot([g.low, g.high], [y, y], color=colour, lw=2)
         ax.plot(g.gain, y, "o", color=colour)
     ax.axvline(0, color="black", lw=.8)
-    ax.set_yticks(range(len(gains)), [f"{g.experiment}: {g.change} (after {g.parent})" for g in gains.itertuples()])
+    names = [f"{g.experiment}: {g.change} (after {g.parent})" for g in gains.itertuples()]
+    ax.set_yticks(range(len(gains)), names)
     ax.set_xlabel("gain in AUC on the test images, 95 % interval over patients and seeds")
     ax.set_ylim(len(gains) - .5, -.5)
     ax.spines[["top", "right"]].set_visible(False)
@@ -323,13 +327,14 @@ def recorded(
     found = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(Path(folder).glob("*.json"))]
     return pd.DataFrame([_recorded_row(f) for f in found if "runs" in f])
 
-# %% ../nbs/17_experiments.ipynb #8745b57b
+# %% ../nbs/17_experiments.ipynb #d4c6aebb
 def _recorded_row(found: dict) -> dict:
     runs = pd.DataFrame(found["runs"])
     auc, calibration = (runs[c].map(lambda v: v[0]).astype(float) for c in ("auc", "calibration_error"))
     return dict(
         images=found["data"], model=found["model"], parameters=f"{found['parameters']:,}", seeds=len(runs),
         auc=_mean_and_range(auc), by_chance="{:.3f} to {:.3f}".format(*runs["auc"][0][1:]),
-        balanced_accuracy=_mean_and_range(runs["balanced_accuracy"]), calibration_error=_mean_and_range(calibration),
+        balanced_accuracy=_mean_and_range(runs["balanced_accuracy"]),
+        calibration_error=_mean_and_range(calibration),
         seconds=f"{runs['seconds'].mean():.0f}", date=runs["date"].max(),
     )

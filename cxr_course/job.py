@@ -144,12 +144,12 @@ def _fit_options(recipe: str, loss, backbone: str | None, store, seed: int, **sa
         chosen |= dict(loss=made, smoothing=0.)
     return chosen | {key: value for key, value in said.items() if value is not None}
 
-# %% ../nbs/job.ipynb #cee5f908
+# %% ../nbs/job.ipynb #d262d07b
 def train_job(
     frame: pd.DataFrame | pipelines.Store, # images with their truth, or a Store of them
     out: str | Path, # the run folder to make; never overwritten
     *,
-    model="smallnet", # a name, a description, a Keras model, or a function (input shape, outputs, seed) that makes one
+    model="smallnet", # a name, a description, a Keras model, or a function (input shape, outputs, seed)
     shape: tuple[int, int] = (128, 128), # (h, w) that images are cropped and resized to; a store has its own
     backbone: str | None = None, # instead of `model`: a network of transfer learning
     weights: str | Path = "none", # pretrained, of the backbone: 'none', 'imagenet', 'phantom', or a file
@@ -157,7 +157,7 @@ def train_job(
     recipe: str = "plain", # 'plain', or 'strong': augmentation, AdamW, cosine schedule, label smoothing
     loss="plain", # 'plain', 'weighted', 'focal', or a Keras loss
     epochs: int = 20, # passes over the training images, at most
-    patience: int | None = None, # epochs without a lower validation loss until it stops; default: the recipe's
+    patience: int | None = None, # epochs without a lower validation loss; default: the recipe's
     batch: int = 32, # images a step
     lr: float | None = None, # learning rate at the start; default: the recipe's
     seed: int = 0, # of first weights, order, dropout, augmentation, and of a new cut
@@ -178,7 +178,8 @@ def train_job(
     _refuse_out(out, resume)
     shape = tuple(frame.shape if isinstance(frame, pipelines.Store) else shape)
     store = prepare(frame, shape, seed=seed, resplit=resplit, skip_bad=skip_bad, findings=findings,
-                    duplicates=duplicates, before=partial(_try_network, model, backbone, shape, seed), say=say)
+                    duplicates=duplicates, before=partial(_try_network, model, backbone, shape, seed),
+                    say=say)
     name = name or backbone or (model if isinstance(model, str) else None)
     asked = dict(epochs=epochs, batch=batch, seed=seed, strategy=strategy, name=name)
     options = _fit_options(recipe, loss, backbone, store, seed, lr=lr, patience=patience) | asked | options

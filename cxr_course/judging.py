@@ -18,7 +18,7 @@ from .core import CourseError, Task, groups, table
 # %% auto #0
 __all__ = ['PURPOSE', 'LIMITS', 'model_card', 'report_run', 'report_text', 'predict_elsewhere']
 
-# %% ../nbs/judging.ipynb #d65d7f40
+# %% ../nbs/judging.ipynb #38fca643
 def _facts(run: training.Run) -> dict[str, str]:
     "What the card of a run answers on the reporting check-list."
     return _data_facts(run) | _model_facts(run.card) | _training_facts(run.card)
@@ -45,19 +45,20 @@ def _model_facts(card: dict) -> dict[str, str]:
 
 def _training_facts(card: dict) -> dict[str, str]:
     t = card["training"]
-    kept = "the last epoch" if t.get("keep") == "last" else f"lowest loss on validation (epoch {t['best_epoch']})"
+    best = f"lowest loss on validation (epoch {t['best_epoch']})"
+    kept = "the last epoch" if t.get("keep") == "last" else best
     augmented = "augmented" if t["augment"] else "not augmented"
     how = [f"{t['optimizer']}, learning rate {t['lr']:g} ({t['schedule']})", f"batch size {t['batch']}",
            f"{t['epochs_run']} epochs", augmented, f"seed {t['seed']}"]
     return dict(training=", ".join(how), selection=kept)
 
-# %% ../nbs/judging.ipynb #666132e8
+# %% ../nbs/judging.ipynb #eebf98e9
 PURPOSE = "Teaching and research on chest radiographs. It scores images that resemble its training images."
 LIMITS = (
     "Not a medical device and not for diagnosis: it has never been tested in the care of patients.",
     "A high score is no proof of disease and a low score is no proof of health.",
     "It knows only the classes listed here. Whatever else an image shows, it sees one of them.",
-    "Other hospitals, other ages and other machines may change every metric on this card; measure again before use.",
+    "Other hospitals, ages and machines may change every metric on this card; measure again before use.",
 )
 
 def model_card(
@@ -72,7 +73,8 @@ def model_card(
     if form == "markdown":
         lines = [f"# Model card: {name}"]
         for title, rows in parts.items():
-            lines += ["", f"## {title}", "", *(f"- {key}: {value}" if key else f"- {value}" for key, value in rows)]
+            items = [f"- {key}: {value}" if key else f"- {value}" for key, value in rows]
+            lines += ["", f"## {title}", "", *items]
         return "\n".join(lines) + "\n"
     page = f"<h3>Model card: {html.escape(name)}</h3>"
     for title, rows in parts.items():
@@ -83,7 +85,7 @@ def model_card(
 def _bold(key: str) -> str:
     return f"<b>{html.escape(key)}</b>: " if key else ""
 
-# %% ../nbs/judging.ipynb #15e8b7a6
+# %% ../nbs/judging.ipynb #39e7a18c
 def _card_parts(card: dict) -> dict[str, list[tuple[str, str]]]:
     "The sections of a model card: title to rows of (what, answer)."
     limits = card["seen"]["limits"].items()
@@ -101,7 +103,8 @@ def _card_parts(card: dict) -> dict[str, list[tuple[str, str]]]:
 def _card_model(card: dict) -> list[tuple[str, str]]:
     model, before = card["model"], card["preprocessing"]
     h, w = before["shape"]
-    return [("network", f"{model['name']}, {model['parameters']:,} parameters"), ("answers", ", ".join(card["labels"])),
+    return [("network", f"{model['name']}, {model['parameters']:,} parameters"),
+            ("answers", ", ".join(card["labels"])),
             ("takes", f"one image of {h} x {w} pixels ({before['fit']}; values {before['values']})"),
             ("threshold", _card_threshold(card["threshold"], card["threshold_rule"]))]
 
@@ -126,11 +129,13 @@ def _card_metrics(card: dict, split: str) -> list[tuple[str, str]]:
             numbers = [np.nan if m[k] is None else m[k] for k in ("value", "low", "high")]
             rows.append((f"{m['metric']} ({m['of']})", str(evaluation.Estimate(*numbers, m["note"] or ""))))
     alone = card["data"]["splits"][split]["without_patient"]
-    return [*rows, ("", f"intervals are 95 %, by patient where the patient is known; images without: {alone}")]
+    how = f"intervals are 95 %, by patient where the patient is known; images without: {alone}"
+    return [*rows, ("", how)]
 
 def _card_making(card: dict) -> list[tuple[str, str]]:
     t = card["training"]
-    epochs = f"{t['epochs_run']}, number {t['best_epoch']} was kept" + (", stopped by hand" if card["interrupted"] else "")
+    stopped = ", stopped by hand" if card["interrupted"] else ""
+    epochs = f"{t['epochs_run']}, number {t['best_epoch']} was kept{stopped}"
     versions = ", ".join(f"{k} {v}" for k, v in card["versions"].items() if v)
     return [("date", card["date"]), ("seed", str(t["seed"])), ("epochs", epochs),
             ("data", f"fingerprint {card['data']['hash'][:16]}"), ("versions", versions)]
@@ -186,10 +191,10 @@ def report_text(
     confusion = report.confusion.reset_index().rename(columns={"truth": "truth, then called:"})
     return f"{report!r}\n\n{table(confusion)!r}"
 
-# %% ../nbs/judging.ipynb #2b5c7a16
+# %% ../nbs/judging.ipynb #c54a371d
 def predict_elsewhere(
     run: training.Run, # a finished run
-    frame: pd.DataFrame, # images of another data set with their truth; where it has a test set, that alone is used
+    frame: pd.DataFrame, # images of another data set with their truth; its test set, where it has one
     *,
     skip_bad: bool = False, # go on without files that cannot be read; each is named
     say: Callable[[str], None] = print, # told what is left out, and what looks unusual

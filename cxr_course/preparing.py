@@ -53,10 +53,10 @@ def split_counts(
     counts = pd.DataFrame(rows).T.rename_axis(index="split")
     return table(counts if len(task.names) < 5 else counts.T.rename_axis(index=""))
 
-# %% ../nbs/preparing.ipynb #a03a89ca
+# %% ../nbs/preparing.ipynb #8c3041f4
 def choose_findings(
     frame: pd.DataFrame, # a frame of images
-    findings: str | Iterable[str] | None = None, # 'all', names with commas between or in a list; None: as it is
+    findings: str | Iterable[str] | None = None, # 'all', or names, with commas or in a list; None: as it is
 ) -> pd.DataFrame: # the same images; findings that were not asked for are gone
     "The frame with the findings that were asked for."
     if findings is None:
@@ -122,7 +122,7 @@ def _two_lists(frame: pd.DataFrame, said: list[str]) -> pd.DataFrame:
     line = f"its makers name two lists only: the second, of {count['val']:,} images, is the test"
     if again.any():
         who = keys[again].nunique()
-        line += f"; {again.sum():,} training images are left out, since their {who} patients are in both lists"
+        line += f"; {again.sum():,} training images are left out since their {who} patients are in both lists"
     said.append(line)
     return frame[~again].reset_index(drop=True)
 
@@ -180,7 +180,7 @@ def open_store(
         say(f"skipped: {line}")
     return store
 
-# %% ../nbs/preparing.ipynb #0ecea563
+# %% ../nbs/preparing.ipynb #cc8e0648
 def _refuse_files(frame: pd.DataFrame, shape: tuple[int, int], skip_bad: bool) -> None:
     "What headers and the disk can tell before an image is decoded."
     bad = frame.loc[frame["height"].isna(), "path"]
@@ -193,8 +193,8 @@ def _bad_files(lines: pd.Series, n: int, what: str) -> CourseError:
     if len(lines) > 20:
         listed += f"\n    ... and {len(lines) - 20} more"
     mend = "says what is wrong with each; mend or remove them, or"
-    return _refusal(f"{len(lines)} of {n} files {what}", listed,
-                    f"data.check(frame) {mend} pass skip_bad=True", f"'cxr-course data check' {mend} add --skip-bad")
+    remedy, typed = f"data.check(frame) {mend} pass skip_bad=True", f"'cxr-course data check' {mend} add --skip-bad"
+    return _refusal(f"{len(lines)} of {n} files {what}", listed, remedy, typed)
 
 def _refuse_small_disk(n: int, shape: tuple[int, int]) -> None:
     need, free = n * shape[0] * shape[1] + 50_000_000, shutil.disk_usage(cache_dir()).free
@@ -234,7 +234,7 @@ def _without_copies(store: pipelines.Store, duplicates: str, say: Callable[[str]
     _refuse_one_sided(store.frame)
     return store
 
-# %% ../nbs/preparing.ipynb #869e8dd1
+# %% ../nbs/preparing.ipynb #1cf06838
 DUPLICATES = ("exact", "near")
 
 def prepare(
@@ -246,12 +246,13 @@ def prepare(
     skip_bad: bool = False, # go on without files that cannot be read; each is named
     findings: str | Iterable[str] | None = None, # which findings to learn; default: all of the frame
     duplicates: str = "exact", # copies across splits that are left out: 'exact', or also 'near' ones
-    before: Callable[[pd.DataFrame], object] | None = None, # sees the arranged frame before decoding; may refuse it
+    before: Callable[[pd.DataFrame], object] | None = None, # sees the arranged frame first, and may refuse it
     say: Callable[[str], None] = print, # told what was decided
 ) -> pipelines.Store: # ready to train: train, val and test, by patient, without copies across them
     "Arrange, check and decode images for a training; refuse what cannot go well, and say what was decided."
     if duplicates not in DUPLICATES:
-        raise CourseError(f"duplicates={duplicates!r} is not a choice", None, f"use {' or '.join(DUPLICATES)}")
+        raise CourseError(f"duplicates={duplicates!r} is not a choice", None,
+                          f"use {' or '.join(DUPLICATES)}")
     store = frame if isinstance(frame, pipelines.Store) else None
     chosen = choose_findings(frame if store is None else store.frame, findings)
     arranged, said = arrange(chosen, seed, resplit=resplit)
