@@ -331,11 +331,9 @@ def data_decode(
       cxr-course data decode path/to/nih --size 224 --shard 0/4   (the first of four hosts that share a disk;
                                                                    when all are done, without --shard)
     """
-    from cxr_course import preparing, scaling
-    with preparing.typed_remedy("'cxr-course data check' says what is wrong with each; mend or remove them, "
-            "or add --skip-bad"):
-        store = scaling.decode(_load(name, classes, columns), _shape(size), out, workers, only=_part(shard),
-                               skip_bad=skip_bad)
+    from cxr_course import scaling
+    frame, only = _load(name, classes, columns), _part(shard)
+    store = scaling.decode(frame, _shape(size), out, workers, only=only, skip_bad=skip_bad)
     if store is None:
         typer.echo(f"shard {shard} is done; when all are, run it once without --shard")
     else:
@@ -408,16 +406,17 @@ def _team():
     return job.silently(scaling.strategy_from_environment)
 
 def _leave(strategy) -> None:
-    "Of several processes only the first goes on to tell the end."
+    "Say goodbye to the other processes after the training."
     if strategy is not None:
         from cxr_course import scaling
-        if not scaling.leave(strategy):
-            raise typer.Exit()
+        scaling.leave(strategy)
 
 def _done(run, out: Path) -> None:
     "Where everything is; exit code 130 if the training was cut short."
-    typer.echo(f"\nEverything is in {out}; the page to read is {out / 'report' / 'report.html'}\nnext: "
-            f"cxr-course predict {out} FILE")
+    if run is None:                                      # of several processes only the first has something to tell
+        raise typer.Exit()
+    page = out / "report" / "report.html"
+    typer.echo(f"\nEverything is in {out}; the page to read is {page}\nnext: cxr-course predict {out} FILE")
     if run.card["interrupted"]:
         raise typer.Exit(130)
 

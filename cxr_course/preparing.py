@@ -193,7 +193,8 @@ def _bad_files(lines: pd.Series, n: int, what: str) -> CourseError:
     if len(lines) > 20:
         listed += f"\n    ... and {len(lines) - 20} more"
     mend = "says what is wrong with each; mend or remove them, or"
-    remedy, typed = f"data.check(frame) {mend} pass skip_bad=True", f"'cxr-course data check' {mend} add --skip-bad"
+    remedy = f"data.check(frame) {mend} pass skip_bad=True"
+    typed = f"'cxr-course data check' {mend} add --skip-bad"
     return _refusal(f"{len(lines)} of {n} files {what}", listed, remedy, typed)
 
 def _refuse_small_disk(n: int, shape: tuple[int, int]) -> None:

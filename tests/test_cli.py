@@ -55,6 +55,25 @@ def test_nothing_heavy_is_imported_for_help():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
 
 
+def test_train_help_loads_no_network():
+    code = ("import sys\nfrom cxr_course.cli import app\ntry: app(['train', '--help'], prog_name='cxr-course')\n"
+            "except SystemExit: pass\nprint([m for m in ('tensorflow', 'keras', 'pandas') if m in sys.modules])")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]" and "learning rate" in done.stdout.lower()
+
+
+def test_an_error_has_a_remedy_for_each_door():
+    "The terminal says its own remedy where there is one; an error that nobody foresaw is no words."
+    from cxr_course import cli
+    from cxr_course.core import CourseError
+    error = CourseError("2 files are no images", "films", "pass skip_bad=True")
+    assert "pass skip_bad=True" in cli._in_words(error)
+    error.typed = "add --skip-bad"
+    assert cli._in_words(error) == "2 files are no images: films\n  What to do: add --skip-bad"
+    assert "disk is full" in cli._in_words(OSError(28, "No space left on device"))
+    assert cli._in_words(OSError(2, "gone")) is None and cli._in_words(ValueError("a fault of ours")) is None
+
+
 def test_version():
     from cxr_course import __version__
     assert cxr("--version")[0].strip() == f"cxr-course {__version__}"
