@@ -413,7 +413,7 @@ def _leave(strategy) -> None:
 
 def _done(run, out: Path) -> None:
     "Where everything is; exit code 130 if the training was cut short."
-    if run is None:                                      # of several processes only the first has something to tell
+    if run is None:                                      # of several processes only the first tells the end
         raise typer.Exit()
     page = out / "report" / "report.html"
     typer.echo(f"\nEverything is in {out}; the page to read is {page}\nnext: cxr-course predict {out} FILE")
