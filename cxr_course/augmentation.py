@@ -11,22 +11,22 @@ import keras
 import numpy as np
 import pandas as pd
 
-from . import images
-from .core import CourseError, atomic, progress, rng
+from . import core, images
+from .core import CourseError, Task, atomic, progress, rng
 
 # %% auto #0
 __all__ = ['affine', 'Augment', 'kept', 'write_copies', 'over_seeds']
 
 # %% ../nbs/13_augmentation.ipynb #a6f581c4
 def affine(
-    shape: tuple[int, int], # (h, w) of the film
+    shape: tuple[int, int], # (h, w) of the image
     turn, # degrees, against the clock
     right, # shift, share of the width
     down, # shift, share of the height
     zoom, # magnification, 1 changes nothing
     mirror=1., # -1 for a mirror image
 ): # (n, 8) as `keras.ops.image.affine_transform` wants it
-    "Where each pixel of the changed film comes from; every argument a number or (n,)."
+    "Where each pixel of the changed image comes from; every argument a number or (n,)."
     (h, w), ops = shape, keras.ops
     a, z, m = ops.convert_to_tensor(turn, "float32") * (np.pi / 180), ops.convert_to_tensor(zoom, "float32"), ops.convert_to_tensor(mirror, "float32")
     cos, sin, cx, cy = ops.cos(a) / z, ops.sin(a) / z, (w - 1) / 2, (h - 1) / 2
@@ -38,15 +38,15 @@ def affine(
 # %% ../nbs/13_augmentation.ipynb #9b04f67f
 @keras.saving.register_keras_serializable(package="cxr_course")
 class Augment(keras.layers.Layer):
-    "Each film as it might have been taken on another day; does nothing unless training."
+    "Each image as it might have been taken on another day; does nothing unless training."
     def __init__(self,
         turn: float = 5., # at most so many degrees to either side
-        shift: float = .05, # at most this share of the film, in both directions
+        shift: float = .05, # at most this share of the image, in both directions
         zoom: float = .08, # magnified or shrunk by at most this share
         contrast: float = .2, # stretched or flattened by at most this share
         brightness: float = .08, # lifted or lowered by at most this much
-        mirror: bool = False, # half of the films as mirror images: wrong for a chest, see below
-        seed: int = 0,
+        mirror: bool = False, # half of the images as mirror images: wrong for a chest, see below
+        seed: int = 0, # of the numbers drawn; `training.fit` seeds them anew for every epoch
         **kwargs, # name and the like, for Keras
     ):
         super().__init__(**kwargs)
@@ -54,61 +54,81 @@ class Augment(keras.layers.Layer):
         self.seed_generator = keras.random.SeedGenerator(seed)
 
     def call(self, x, training=False):
-        if not training: return x
-        ops, s, (h, w) = keras.ops, self.strengths, x.shape[1:3]
-        u = keras.random.uniform((7, ops.shape(x)[0]), -1, 1, seed=self.seed_generator)
-        mirror = ops.where(u[6] < 0, -1., 1.) if s["mirror"] else ops.ones_like(u[6])
-        x = ops.image.affine_transform(x, affine((h, w), s["turn"] * u[0], s["shift"] * u[1], s["shift"] * u[2], 1 + s["zoom"] * u[3], mirror), fill_mode="constant")
-        mean, wide = ops.mean(x, axis=(1, 2, 3), keepdims=True), lambda v: ops.reshape(v, (-1, 1, 1, 1))
-        return ops.clip(mean + (x - mean) * wide(1 + s["contrast"] * u[4]) + wide(s["brightness"] * u[5]), 0, 1)
+        if not training:
+            return x
+        u = keras.random.uniform((7, keras.ops.shape(x)[0]), -1, 1, seed=self.seed_generator)
+        return self._exposed(self._moved(x, u), u)
 
-    def get_config(self): return super().get_config() | self.strengths
+    def _moved(self, x, u):
+        "Turned, shifted, magnified and perhaps mirrored, in one interpolation."
+        s, ops = self.strengths, keras.ops
+        mirror = ops.where(u[6] < 0, -1., 1.) if s["mirror"] else ops.ones_like(u[6])
+        where = affine(x.shape[1:3], s["turn"] * u[0], s["shift"] * u[1], s["shift"] * u[2], 1 + s["zoom"] * u[3], mirror)
+        return ops.image.affine_transform(x, where, fill_mode="constant")
+
+    def _exposed(self, x, u):
+        "With another contrast about the image's own mean, and another brightness."
+        s, ops = self.strengths, keras.ops
+        contrast, brightness = (ops.reshape(v, (-1, 1, 1, 1)) for v in (1 + s["contrast"] * u[4], s["brightness"] * u[5]))
+        mean = ops.mean(x, axis=(1, 2, 3), keepdims=True)
+        return ops.clip(mean + (x - mean) * contrast + brightness, 0, 1)
+
+    def get_config(self):
+        return super().get_config() | self.strengths
 
 # %% ../nbs/13_augmentation.ipynb #ed892697
 def kept(
     mask: np.ndarray, # (h, w) bool, where a finding is
-    augment: Augment, # how films are changed
+    augment: Augment, # how images are changed
     times: int = 50, # draws
-) -> np.ndarray: # (times,) share of the finding that is still on the film
-    "How much of a finding stays on the film when the film is moved."
-    s = augment.strengths
-    still = Augment(**{**s, "contrast": 0., "brightness": 0.})                         # grey values must not count
+) -> np.ndarray: # (times,) share of the finding that is still on the image
+    "How much of a finding stays on the image when the image is moved."
+    still = Augment(**{**augment.strengths, "contrast": 0., "brightness": 0.})                         # grey values must not count
     spots = np.asarray(still(np.repeat(mask[None, ..., None].astype("float32"), times, axis=0), training=True))
     return spots.sum((1, 2, 3)) / max(mask.sum(), 1)
 
 # %% ../nbs/13_augmentation.ipynb #aa33a7f9
 def write_copies(
-    frame: pd.DataFrame, # films with splits
+    frame: pd.DataFrame, # images with splits
     folder: str | Path, # a folder that is not there yet
     augment: Augment | None = None, # how to change them; default: `Augment()`
-    copies: int = 1, # of each training film
-    seed: int = 0,
+    copies: int = 1, # of each training image
+    seed: int = 0, # of the numbers drawn
 ) -> pd.DataFrame: # the frame with the copies added; `meta_copy_of` names the original
-    "Write changed copies of the training films as PNG, and of no other."
+    "Write changed copies of the training images as PNG, and of no other."
     train = frame[frame["split"] == "train"]
-    if train.empty: raise CourseError("there is no training film to copy", "column `split`", "cut the frame first: `splits.split` or `splits.hold_out`")
-    from PIL import Image
+    if train.empty:
+        raise CourseError("there is no training image to copy", "column `split`", "cut the frame first: `splits.split` or `splits.hold_out`")
     strengths, rows = (augment or Augment()).strengths, []
     with atomic(folder, overwrite=False) as part:
         part.mkdir()
-        for i, film in enumerate(progress(train.to_dict("records"), "copying", len(train))):
-            grey = np.repeat(images.read(film["path"])[None, ..., None], copies, axis=0)
-            changed = np.asarray(Augment(**{**strengths, "seed": int(rng(seed, "copy", film["path"]).integers(2**31))})(grey, training=True))
-            for n, c in enumerate(changed):
-                name = f"{i:06d}-{n}.png"
-                Image.fromarray((c[..., 0] * 255 + .5).astype(np.uint8)).save(part / name)
-                rows.append(dict(film, path=str(Path(folder) / name), meta_copy_of=film["path"]))
+        for i, image in enumerate(progress(train.to_dict("records"), "copying", len(train))):
+            draw = Augment(**{**strengths, "seed": int(rng(seed, "copy", image["path"]).integers(2**31))})
+            names = [f"{i:06d}-{n}.png" for n in range(copies)]
+            _save_copies([part / name for name in names], images.read(image["path"]), draw)
+            rows += [dict(image, path=str(Path(folder) / name), meta_copy_of=image["path"]) for name in names]
         pd.DataFrame(rows).to_csv(part / "copies.csv", index=False)
-    return pd.concat([frame.assign(meta_copy_of=None), pd.DataFrame(rows).astype({"label": frame["label"].dtype} if "label" in frame else {})], ignore_index=True)
+    both = pd.concat([frame.assign(meta_copy_of=None), pd.DataFrame(rows)], ignore_index=True)
+    task = Task.of(frame)
+    return core.frame(both, labels=None if task.findings else task.names, findings=task.names if task.findings else None)
+
+# %% ../nbs/13_augmentation.ipynb #be5c73e2
+def _save_copies(files: list[Path], grey: np.ndarray, draw: Augment) -> None:
+    "Write one changed copy of an image (h, w) in [0, 1] a file."
+    from PIL import Image
+    changed = np.asarray(draw(np.repeat(grey[None, ..., None], len(files), axis=0), training=True))
+    for file, c in zip(files, changed):
+        Image.fromarray((c[..., 0] * 255 + .5).astype(np.uint8)).save(file)
 
 # %% ../nbs/13_augmentation.ipynb #4bc8d7d0
 def over_seeds(
-    values: pd.Series | np.ndarray, # one figure a seed
+    values: pd.Series | np.ndarray, # one value a random seed
     level: float = .95, # of the interval
 ) -> tuple[float, float, float]: # mean, from, to
-    "Mean over seeds with the interval of Student's t: what another seed would do on average."
+    "Mean over random seeds with the interval of Student's t: what another seed would do on average."
     from scipy import stats
     v = np.asarray(values, float)
-    if len(v) < 2: raise CourseError("one seed has no spread", f"{len(v)} value", "repeat with at least two seeds, better five")
+    if len(v) < 2:
+        raise CourseError("one seed has no spread", f"{len(v)} value", "repeat with at least two seeds, better five")
     half = stats.t.ppf((1 + level) / 2, len(v) - 1) * v.std(ddof=1) / np.sqrt(len(v))
     return float(v.mean()), float(v.mean() - half), float(v.mean() + half)

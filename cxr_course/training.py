@@ -31,8 +31,9 @@ from .core import CourseError, PALETTE, Task, atomic, groups, rng
 
 # %% auto #0
 __all__ = ['SCHEDULES', 'KEEP', 'FORMAT', 'RECIPE', 'cross_entropy', 'best_epoch', 'plateau', 'cosine', 'enough', 'learning_rate',
-           'kept_epoch', 'predict', 'EpochScores', 'Learner', 'learner', 'run_epochs', 'validation',
-           'SynchronousLearner', 'normalised', 'fit', 'load_model', 'Run', 'load_run', 'plot_history', 'jitter']
+           'kept_epoch', 'predict', 'EpochScores', 'validation', 'validation_scores', 'Learner', 'learner',
+           'run_epochs', 'SynchronousLearner', 'normalised', 'fit', 'load_model', 'Run', 'load_run', 'plot_history',
+           'jitter']
 
 # %% ../nbs/12_training.ipynb #682ed5ce
 def cross_entropy(
@@ -243,7 +244,35 @@ def _mean_known(values: Iterable[float]) -> float:
     known = [v for v in values if not np.isnan(v)]
     return float(np.mean(known)) if known else float("nan")
 
-# %% ../nbs/12_training.ipynb #65c359d7
+# %% ../nbs/12_training.ipynb #2b3163de
+def validation(
+    model, # a model that gives logits
+    store, # a Store of images
+    split: str = "val", # the images that are predicted
+    loss: Callable | None = None, # of (y, logits); its method `judge`, if it has one, takes its place; default: `cross_entropy`
+) -> Callable[[], dict]: # gives val_loss, val_accuracy and val_auc of the model as it is then
+    "What an epoch is judged by: all validation images at once, exactly."
+    forward, rows = _forward(model, store.shape), _rows(store, split)
+    frame = store.frame.iloc[rows]
+    return lambda: validation_scores(frame, _logits(forward, store, rows), loss)
+
+def validation_scores(
+    frame: pd.DataFrame, # (n) images with their truth
+    z: np.ndarray, # (n, 1) or (n, k) logits
+    loss: Callable | None = None, # as in `validation`
+) -> dict: # val_loss, val_accuracy, val_auc; the mean over findings, of those that are known
+    "What logits are worth."
+    task, judge = Task.of(frame), getattr(loss, "judge", loss or cross_entropy)
+    p = cnn.probabilities(z, task.findings)
+    asked = evaluation.questions(task.predicted(frame, p)).values()
+    if task.findings:
+        right = _mean_known(float(((s > .5) == y)[~np.isnan(y)].mean()) for y, s in asked if not np.isnan(y).all())
+    else:
+        right = float((p.argmax(axis=1) == task.truth(frame)).mean())
+    auc = _mean_known([evaluation.auc(y, s) for y, s in asked])
+    return dict(val_loss=float(judge(task.truth(frame), z)), val_accuracy=right, val_auc=auc)
+
+# %% ../nbs/12_training.ipynb #f08530db
 class Learner(keras.Model):
     "A model in training: its images are augmented first, and what is saved of it is the model itself."
     def __init__(self,
@@ -276,7 +305,7 @@ class Learner(keras.Model):
     def agree(self, row: dict) -> dict: # the row of history that all processes go on with
         return row
 
-# %% ../nbs/12_training.ipynb #3eb123c4
+# %% ../nbs/12_training.ipynb #2fe6e087
 def _layerwise(kind: type, rates: list[float]) -> type:
     "A kind of optimizer in which the i-th weight learns at the i-th share of the learning rate."
     class Layerwise(kind):
@@ -313,7 +342,7 @@ class _Loss(keras.losses.Loss):
     def call(self, y, z):
         return self.function(y, z)
 
-# %% ../nbs/12_training.ipynb #5c498c73
+# %% ../nbs/12_training.ipynb #696ed1dc
 def learner(
     model, # a model that gives logits
     task: Task, # what its images are asked
@@ -363,7 +392,7 @@ def _reseed(part, seed: int, epoch: int) -> None:
     for i, state in enumerate(_generators(part)):
         state.assign(np.array([_seed(seed, "layer", i, epoch), 0], dtype="uint32"))
 
-# %% ../nbs/12_training.ipynb #75072219
+# %% ../nbs/12_training.ipynb #dcb71d96
 class _Callbacks(keras.callbacks.CallbackList):
     "Callbacks that hear once that training begins and ends, though `Model.fit` is called for every epoch."
     def on_train_begin(self, logs=None):
@@ -390,7 +419,7 @@ class _Row(keras.callbacks.Callback):
     def on_epoch_end(self, epoch, logs=None):
         if getattr(self.model, "scores", None) is not None:
             logs.update(self.model.scores.values())
-        lr = float(self.model.optimizer.learning_rate)
+        lr = float(self.model.optimizer.learning_rate.numpy())
         logs.update(self.validate(), lr=lr)
         ordered = {k: logs[k] for k in ("loss", "accuracy", "auc") if k in logs} | logs
         self.row = dict(epoch=epoch + 1) | {k: float(v) for k, v in ordered.items()}
@@ -399,7 +428,7 @@ class _Row(keras.callbacks.Callback):
             raise CourseError(f"the loss is no longer a number in epoch {epoch + 1}", None,
                               f"the learning rate was too large: try lr={lr / 10:g}")
 
-# %% ../nbs/12_training.ipynb #89ff2669
+# %% ../nbs/12_training.ipynb #db45f28f
 def run_epochs(
     taught, # a compiled Keras model, from `learner` or your own
     batches: Callable[[int], Iterable], # from a random seed to the batches of one epoch
@@ -440,37 +469,13 @@ def run_epochs(
         relay.end()
     return history
 
-# %% ../nbs/12_training.ipynb #511b2c1d
+# %% ../nbs/12_training.ipynb #f44e16f8
 def _losses(history: Iterable[dict]) -> list[float]:
     return [row["val_loss"] for row in history]
 
 def _bar() -> bool:
     "Whether somebody watches a progress bar."
     return sys.stdout.isatty() and not os.environ.get("CXR_COURSE_QUIET")
-
-# %% ../nbs/12_training.ipynb #cb127738
-def validation(
-    model, # a model that gives logits
-    store, # a Store of images
-    split: str = "val", # the images that are predicted
-    loss: Callable | None = None, # of (y, logits); its method `judge`, if it has one, takes its place; default: `cross_entropy`
-) -> Callable[[], dict]: # gives val_loss, val_accuracy and val_auc of the model as it is then
-    "What an epoch is judged by: all validation images at once, exactly."
-    forward, rows, truth, task = _forward(model, store.shape), _rows(store, split), store.labels(split), Task.of(store.frame)
-    judge, frame = getattr(loss, "judge", loss or cross_entropy), store.frame.iloc[rows]
-    def validate() -> dict:
-        z = _logits(forward, store, rows)
-        return dict(val_loss=float(judge(truth, z))) | _scores(task, frame, cnn.probabilities(z, task.findings))
-    return validate
-
-def _scores(task: Task, frame: pd.DataFrame, p: np.ndarray) -> dict:
-    "Accuracy and AUC of probabilities (n, k); the mean over findings, of those that are known."
-    asked = evaluation.questions(task.predicted(frame, p)).values()
-    if task.findings:
-        right = _mean_known(float(((s > .5) == y)[~np.isnan(y)].mean()) for y, s in asked if not np.isnan(y).all())
-    else:
-        right = float((p.argmax(axis=1) == task.truth(frame)).mean())
-    return dict(val_accuracy=right, val_auc=_mean_known(evaluation.auc(y, s) for y, s in asked))
 
 # %% ../nbs/12_training.ipynb #20922189
 def _place(strategy) -> tuple[int, int]:
@@ -659,37 +664,6 @@ def _open(part: Path, plan: dict, resume: bool) -> None:
     with atomic(part / "plan.json") as file:
         file.write_text(json.dumps(plan, indent=1))
 
-# %% ../nbs/12_training.ipynb #674c2dd0
-def _hash(*stores) -> str:
-    "A fingerprint of pixels, patients, splits and truth; where the files lie does not matter."
-    mark = hashlib.sha256()
-    for store in stores:
-        for i in range(0, len(store.frame), 256):
-            mark.update(np.ascontiguousarray(store.take(np.arange(i, min(i + 256, len(store.frame))))))
-        mark.update(store.frame[["patient", "split", *Task.of(store.frame).columns]].to_csv(index=False).encode())
-    return mark.hexdigest()
-
-def _counts(frame: pd.DataFrame, task: Task) -> dict:
-    return dict(images=len(frame), patients=int(groups(frame).nunique()), without_patient=int(frame["patient"].isna().sum()),
-                **task.counts(frame))
-
-def _versions() -> dict:
-    found = {"python": platform.python_version()}
-    for name in ("tensorflow", "keras", "numpy", "pandas", "cxr-course"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = None
-    return found
-
-def _peak_mb() -> int | None:
-    "The most memory this process ever held; None where the system does not say (Windows)."
-    try:
-        import resource
-    except ImportError:
-        return None
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // (1024 ** 2 if sys.platform == "darwin" else 1024)
-
 # %% ../nbs/12_training.ipynb #ad2c7856
 def _check(model, train, val) -> None:
     "Raise if these images cannot teach and choose this model."
@@ -721,7 +695,7 @@ def _refuse_labels(frame: pd.DataFrame, split: str, classes: int) -> None:
                           ", ".join(f"{k} {v}" for k, v in frame["label"].value_counts().items()),
                           "split again with a larger share, or bring more patients")
 
-# %% ../nbs/12_training.ipynb #23b508a0
+# %% ../nbs/12_training.ipynb #c35fcd51
 def _refuse_settings(model, plan: dict, optimizer, loss, rates: list[float] | None, strategy) -> None:
     "Raise on settings that `fit` cannot keep."
     for key, known in (("schedule", SCHEDULES), ("keep", KEEP), ("precision", ("float32", "mixed_bfloat16", "mixed_float16"))):
@@ -742,7 +716,7 @@ def _refuse_settings(model, plan: dict, optimizer, loss, rates: list[float] | No
     if strategy is not None and _place(strategy)[1] == 1 and plan["precision"] != "float32":
         raise CourseError("half the digits on several devices of one machine has not been tried", None, "use precision='float32' there")
 
-# %% ../nbs/12_training.ipynb #2b5d7bc6
+# %% ../nbs/12_training.ipynb #22af4371
 def normalised(
     model, # a model that keeps the contract, its features a `keras.Sequential`
     normaliser: pipelines.Normalizer, # of kind 'train': it is fitted if it is not yet
@@ -837,6 +811,15 @@ def _describe(part) -> str | None:
         return json.dumps(keras.saving.serialize_keras_object(part), sort_keys=True, default=str)
     return getattr(part, "__name__", "custom")
 
+def _hash(*stores) -> str:
+    "A fingerprint of pixels, patients, splits and truth; where the files lie does not matter."
+    mark = hashlib.sha256()
+    for store in stores:
+        for i in range(0, len(store.frame), 256):
+            mark.update(np.ascontiguousarray(store.take(np.arange(i, min(i + 256, len(store.frame))))))
+        mark.update(store.frame[["patient", "split", *Task.of(store.frame).columns]].to_csv(index=False).encode())
+    return mark.hexdigest()
+
 def _plan(model, train, val, name: str | None, given: _Given) -> dict:
     "What is trained on what; a killed run is continued only by the same plan."
     spec, stores = getattr(model, "spec", None), {id(s): s for s in (train, val)}.values()
@@ -845,7 +828,7 @@ def _plan(model, train, val, name: str | None, given: _Given) -> dict:
                 optimizer=_describe(given.optimizer) or getattr(spec, "optimizer", "adam"), augment=_describe(given.augment),
                 loss=_describe(given.loss) or "cross_entropy", normaliser=normaliser, rates=given.rates and list(map(float, given.rates)))
 
-# %% ../nbs/12_training.ipynb #bc65a458
+# %% ../nbs/12_training.ipynb #d0b3bb06
 def _learner(model, task: Task, plan: dict, given: _Given) -> Learner:
     "The model in training, on one device or on many."
     options = dict(optimizer=given.optimizer or plan["optimizer"], lr=plan["lr"], augment=given.augment, rates=given.rates,
@@ -951,6 +934,28 @@ def _finish(model, train, val, part: Path, run: Path, plan: dict, interrupted: b
 def _refuse_meanwhile(part: Path, run: Path) -> None:
     if run.exists():
         raise CourseError("meanwhile another run took this name", run, f"yours is whole, in {part}; rename it yourself")
+
+# %% ../nbs/12_training.ipynb #674c2dd0
+def _counts(frame: pd.DataFrame, task: Task) -> dict:
+    return dict(images=len(frame), patients=int(groups(frame).nunique()), without_patient=int(frame["patient"].isna().sum()),
+                **task.counts(frame))
+
+def _versions() -> dict:
+    found = {"python": platform.python_version()}
+    for name in ("tensorflow", "keras", "numpy", "pandas", "cxr-course"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = None
+    return found
+
+def _peak_mb() -> int | None:
+    "The most memory this process ever held; None where the system does not say (Windows)."
+    try:
+        import resource
+    except ImportError:
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // (1024 ** 2 if sys.platform == "darwin" else 1024)
 
 def _predictions(model, train, val, with_train: bool) -> pd.DataFrame:
     "What the kept model makes of validation and test, and of the training images if asked."

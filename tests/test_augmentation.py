@@ -7,7 +7,7 @@ from PIL import Image
 from cxr_course import core
 from cxr_course.core import CourseError
 
-keras = pytest.importorskip("keras")
+import keras
 from cxr_course.augmentation import Augment, affine, over_seeds, write_copies
 
 
@@ -47,7 +47,7 @@ def test_copies_are_of_training_films_alone_and_repeat_exactly(tmp_path, finding
     copies = one[one["meta_copy_of"].notna()]
     assert copies["patient"].tolist() == [p for p in frame["patient"][:3] for _ in range(2)]
     assert all((tmp_path / "one" / p.name).read_bytes() == p.read_bytes() for p in (tmp_path / "two").glob("*.png"))
-    assert core.classes(one) == core.classes(frame)
+    assert core.Task.of(one) == core.Task.of(frame)
     assert len(pd.read_csv(tmp_path / "one" / "copies.csv")) == 6
 
 

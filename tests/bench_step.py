@@ -1,0 +1,69 @@
+"""What a step through `training.fit`'s engine costs beside bare `Model.fit`: paired, alternating, the median of their ratio.
+
+    python tests/bench_step.py [rounds]
+
+Both train the same network on the same batches, by the same optimizer and loss, an epoch a turn. The engine also measures loss,
+accuracy and AUC of the training images; bare Keras is timed twice, without any metric and with its own accuracy and AUC.
+Validation and writing, which a bare fit does not do, are left out.
+"""
+import json
+import os
+import sys
+import time
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+os.environ["CXR_COURSE_QUIET"] = "1"
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from cxr_course import cnn, training
+from cxr_course.core import Task
+
+SIDE, BATCH, STEPS = 128, 32, 20
+
+
+def batches(seed):
+    "Twenty batches from memory, so that reading costs nothing."
+    return tf.data.Dataset.from_tensor_slices((IMAGES, TRUTH)).batch(BATCH).prefetch(2)
+
+
+def bare(metrics):
+    net = cnn.build("smallnet", (SIDE, SIDE, 1), seed=0)
+    net.compile(keras.optimizers.Adam(1e-3), keras.losses.BinaryCrossentropy(from_logits=True), metrics=metrics)
+    return lambda: net.fit(batches(0), verbose=0, shuffle=False)
+
+
+def ours():
+    net = cnn.build("smallnet", (SIDE, SIDE, 1), seed=0)
+    taught, history = training.learner(net, Task(("no", "yes"), "classes"), lr=1e-3), []
+    def epoch():
+        history.clear()
+        training.run_epochs(taught, batches, lambda: dict(val_loss=0.), history, epochs=1, lr=1e-3, schedule="constant")
+    return epoch
+
+
+def seconds(call):
+    began = time.perf_counter()
+    call()
+    return time.perf_counter() - began
+
+
+if __name__ == "__main__":
+    draw = np.random.default_rng(0)
+    IMAGES = draw.random((BATCH * STEPS, SIDE, SIDE, 1), dtype="float32")
+    TRUTH = draw.integers(0, 2, BATCH * STEPS).astype("int32")
+    calls = dict(plain=bare([]), plain_again=bare([]), ours=ours(),
+                 metrics=bare([keras.metrics.BinaryAccuracy(threshold=0.), keras.metrics.AUC(from_logits=True)]))
+    for call in calls.values():
+        call()                                                        # compile
+    found = {name: [] for name in calls}
+    for turn in range(int(sys.argv[1]) if len(sys.argv) > 1 else 15):
+        for name in list(calls)[::1 if turn % 2 else -1]:
+            found[name].append(seconds(calls[name]))
+    ratio = {name: round(float(np.median(np.array(found["ours"]) / found[name])), 4) for name in ("plain", "metrics")}
+    noise = round(float(np.median(np.array(found["plain_again"]) / found["plain"])), 4)
+    print(json.dumps(dict(step_ms=round(1000 * float(np.median(found["plain"])) / STEPS, 2), ours_to_bare=ratio["plain"],
+                          ours_to_bare_with_metrics=ratio["metrics"], bare_to_bare=noise, rounds=len(found["ours"]))))
