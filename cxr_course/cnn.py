@@ -5,18 +5,20 @@
 # %% ../nbs/11_cnn.ipynb #377288ad
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+import re
+from dataclasses import dataclass, replace
 
 import keras
 import numpy as np
 import pandas as pd
 
+from . import mlp
 from .core import CourseError, PALETTE, Sheet, rng
-from .mlp import dense_params
+from .mlp import dense_params, dense_table, find_spec, with_optimizer
 
 # %% auto #0
-__all__ = ['SPECS', 'conv2d', 'conv_size', 'conv_params', 'max_pool', 'Spec', 'lookup', 'pools', 'arithmetic', 'build',
-           'separable_params', 'probabilities', 'features', 'head', 'receptive_field', 'activations', 'show_maps',
+__all__ = ['SPECS', 'conv2d', 'conv_size', 'conv_params', 'max_pool', 'Spec', 'arithmetic', 'build', 'separable_params',
+           'probabilities', 'features', 'head', 'describe', 'receptive_field', 'activations', 'show_maps',
            'show_filters', 'draw']
 
 # %% ../nbs/11_cnn.ipynb #597421ef
@@ -67,9 +69,9 @@ class Spec:
     "A convolutional network in a few words."
     conv: tuple[int, ...] # filters of each convolution
     dense: tuple[int, ...] = (64,) # units of each dense layer before the last
-    kernel: int = 3 # side of every window, pixels; odd
+    kernel: int | tuple[int, ...] = 3 # side of the windows, pixels, odd; one for all convolutions, or one for each
     padding: str = "valid" # 'valid': maps shrink by kernel - 1; 'same': zeros around
-    stride: int = 1 # of the first convolution; 2 halves the film at once
+    stride: int = 1 # of the first convolution; 2 halves the image at once
     pool_every: int = 1 # pool after every so many convolutions
     last_pool: bool = True # pool after the last convolution too
     head: str = "flatten" # 'flatten': every value of the last map; 'gap': the mean of each map
@@ -80,6 +82,17 @@ class Spec:
     init: str = "glorot_uniform" # how the first weights are drawn
     rescale: tuple[float, float] | None = (4., -2.) # factor and offset of a first Rescaling layer: [0, 1] becomes [-2, 2]; None: no such layer
     optimizer: str = "adam" # what it was trained with where it comes from
+
+    @property
+    def kernels(self) -> tuple[int, ...]: # side of the window of each convolution
+        sides = tuple(self.kernel) if np.ndim(self.kernel) else (self.kernel,) * len(self.conv)
+        if len(sides) != len(self.conv):
+            raise CourseError(f"{len(sides)} kernels for {len(self.conv)} convolutions", None, "give one, or one for each")
+        return sides
+
+    def pools(self, i: int) -> bool:
+        "Whether pooling follows the `i`-th convolution, from 1."
+        return i % self.pool_every == 0 and (i < len(self.conv) or self.last_pool)
 
 # %% ../nbs/11_cnn.ipynb #a4ff40e2
 _a1 = Spec((32, 32, 64, 128), (128,), init="glorot_normal", optimizer="sgd")
@@ -102,91 +115,100 @@ SPECS = {
                       head="gap", separable=True, norm=True),
 }
 
-# %% ../nbs/11_cnn.ipynb #22f750d4
-def lookup(
-    spec: str | Spec, # a name in `SPECS`, or a description of your own
-) -> tuple[str, Spec]: # its name ('custom' if it has none) and the description
-    "The description that belongs to a name."
-    if isinstance(spec, Spec): return next((n for n, s in SPECS.items() if s == spec), "custom"), spec
-    if spec not in SPECS: raise CourseError(f"there is no model named {spec!r}", None, f"choose one of {', '.join(SPECS)}")
-    return spec, SPECS[spec]
-
-# %% ../nbs/11_cnn.ipynb #d0da090a
-def pools(
-    spec: Spec, # a description
-    i: int, # which convolution, from 1
-) -> bool:
-    "Whether pooling follows the `i`-th convolution."
-    return i % spec.pool_every == 0 and (i < len(spec.conv) or spec.last_pool)
-
 # %% ../nbs/11_cnn.ipynb #212aad44
 def arithmetic(
     spec: str | Spec, # a name in `SPECS`, or a description
-    shape: tuple[int, int, int], # (h, w, c) of the film
+    shape: tuple[int, int, int], # (h, w, c) of the image
     outputs: int = 1, # numbers that come out
 ) -> pd.DataFrame: # one row a layer with parameters or another size: layer, size, parameters
     "Sizes and parameters of a network, by formula."
-    name, s = lookup(spec)
-    (h, w, c), pad, rows = shape, (s.kernel - 1) // 2 if s.padding == "same" else 0, []
-    def row(layer, n): rows.append(dict(layer=layer, size=f"{h} x {w} x {c}", parameters=n))
-    for i, f in enumerate(s.conv, 1):
+    name, s = find_spec(spec, SPECS)
+    (h, w, c), rows = shape, []
+    for i, (filters, side) in enumerate(zip(s.conv, s.kernels), 1):
+        pad, stride = (side - 1) // 2 if s.padding == "same" else 0, s.stride if i == 1 else 1
         count = separable_params if s.separable and i > 1 else conv_params
-        (h, w), n = (conv_size(d, s.kernel, pad, s.stride if i == 1 else 1) for d in (h, w)), count(f, s.kernel, c, bias=not s.norm)
-        c = f
-        row(f"conv{i}", n)
-        if s.norm: row(f"norm{i}", 4 * f)
-        if pools(s, i):
+        h, w = conv_size(h, side, pad, stride), conv_size(w, side, pad, stride)
+        rows.append((f"conv{i}", h, w, filters, count(filters, side, c, bias=not s.norm)))
+        c = filters
+        if s.norm:
+            rows.append((f"norm{i}", h, w, c, 4 * c))
+        if s.pools(i):
             h, w = h // 2, w // 2
-            row(f"pool{i}", 0)
-        if min(h, w) < 1: raise CourseError(f"films of {shape[0]} x {shape[1]} are too small for the model {name!r}", f"convolution {i}", "use larger films, fewer convolutions or padding='same'")
-    n = c if s.head == "gap" else h * w * c
-    for i, units in enumerate((*s.dense, outputs), 1):
-        rows.append(dict(layer=f"dense{i}" if i <= len(s.dense) else "logits", size=str(units), parameters=dense_params(units, n)))
-        n = units
-    return pd.DataFrame(rows)
+            rows.append((f"pool{i}", h, w, c, 0))
+        if min(h, w) < 1:
+            raise CourseError(f"images of {shape[0]} x {shape[1]} are too small for the model {name!r}",
+                              f"convolution {i}", "use larger images, fewer convolutions or padding='same'")
+    maps = [dict(layer=at, size=f"{h} x {w} x {c}", parameters=n) for at, h, w, c, n in rows]
+    inputs = c if s.head == "gap" else h * w * c
+    return pd.concat([pd.DataFrame(maps), dense_table((*s.dense, outputs), inputs)], ignore_index=True)
 
 # %% ../nbs/11_cnn.ipynb #bc7c048a
-def _seed(*keys) -> int: return int(rng(*keys).integers(2**31))
+def _seed(*keys) -> int:
+    return int(rng(*keys).integers(2**31))
 
-def _conv(s: Spec, i: int, filters: int, seed: int):
-    new = lambda part: type(keras.initializers.get(s.init))(seed=_seed(seed, "conv", i, part))
-    l2 = lambda: keras.regularizers.L2(s.l2) if s.l2 else None
+def _start(s: Spec, *keys):
+    "An initializer of the description's kind, with a seed of its own."
+    return type(keras.initializers.get(s.init))(seed=_seed(*keys))
+
+def _l2(s: Spec):
+    return keras.regularizers.L2(s.l2) if s.l2 else None
+
+def _conv(s: Spec, i: int, seed: int):
+    "The `i`-th convolution, from 1."
+    filters, side = s.conv[i - 1], s.kernels[i - 1]
     common = dict(padding=s.padding, activation=None if s.norm else "relu", use_bias=not s.norm, name=f"conv{i}")
     if s.separable and i > 1:
-        return keras.layers.SeparableConv2D(filters, s.kernel, depthwise_initializer=new("depth"), pointwise_initializer=new("point"),
-                                            depthwise_regularizer=l2(), pointwise_regularizer=l2(), **common)
-    return keras.layers.Conv2D(filters, s.kernel, strides=s.stride if i == 1 else 1, kernel_initializer=new("kernel"), kernel_regularizer=l2(), **common)
+        return keras.layers.SeparableConv2D(
+            filters, side, depthwise_initializer=_start(s, seed, "conv", i, "depth"),
+            pointwise_initializer=_start(s, seed, "conv", i, "point"),
+            depthwise_regularizer=_l2(s), pointwise_regularizer=_l2(s), **common)
+    return keras.layers.Conv2D(filters, side, strides=s.stride if i == 1 else 1, kernel_regularizer=_l2(s),
+                               kernel_initializer=_start(s, seed, "conv", i, "kernel"), **common)
 
-def _dropout(s: Spec, name: str, seed: int): return [keras.layers.Dropout(s.dropout, seed=_seed(seed, name), name=f"drop_{name}")] if s.dropout else []
+def _dropout(s: Spec, name: str, seed: int) -> list:
+    return [keras.layers.Dropout(s.dropout, seed=_seed(seed, name), name=f"drop_{name}")] if s.dropout else []
+
+# %% ../nbs/11_cnn.ipynb #0fa27360
+def _block(s: Spec, i: int, seed: int) -> tuple[list, list]:
+    "The `i`-th convolution with its normalisation, and what follows its map: pooling and dropout."
+    maps, after = [_conv(s, i, seed)], []
+    if s.norm:
+        maps += [keras.layers.BatchNormalization(momentum=.9, name=f"norm{i}"), keras.layers.ReLU(name=f"relu{i}")]
+    if s.pools(i):
+        after += [keras.layers.MaxPooling2D(2, name=f"pool{i}")]
+    if i % s.pool_every == 0:
+        after += _dropout(s, f"block{i}", seed)
+    return maps, after
+
+def _decide(s: Spec, outputs: int, seed: int) -> list:
+    "The layers from the last map to the logits."
+    gap = s.head == "gap"
+    layers = [keras.layers.GlobalAveragePooling2D(name="mean") if gap else keras.layers.Flatten(name="flatten")]
+    for i, units in enumerate(s.dense, 1):
+        layers += [keras.layers.Dense(units, "relu", kernel_initializer=_start(s, seed, "dense", i),
+                                      kernel_regularizer=_l2(s), name=f"dense{i}")]
+        layers += _dropout(s, f"dense{i}", seed)
+    start = _start(s, seed, "dense", len(s.dense) + 1)
+    return [*layers, keras.layers.Dense(outputs, kernel_initializer=start, name="logits")]
 
 # %% ../nbs/11_cnn.ipynb #701830f9
 def build(
     spec: str | Spec = "smallnet", # a name in `SPECS`, or a description
-    shape: tuple[int, int, int] = (128, 128, 1), # (h, w, c) of the film, values in [0, 1]
+    shape: tuple[int, int, int] = (128, 128, 1), # (h, w, c) of the image, values in [0, 1]
     outputs: int = 1, # 1 for two classes, k for k classes or k findings
     seed: int = 0, # of the first weights and of dropout
 ): # a Keras model from (n, h, w, c) to (n, outputs) logits, made of the two parts `features` and `head`
     "Build the network that a description describes."
-    name, s = lookup(spec)
-    arithmetic(s, shape, outputs)                                    # refuses films that are too small
-    look, decide = [keras.layers.Rescaling(s.rescale[0], offset=s.rescale[1], name="rescale")] if s.rescale else [], []
-    for i, f in enumerate(s.conv, 1):
-        look += [_conv(s, i, f, seed)]
-        if s.norm: look += [keras.layers.BatchNormalization(momentum=.9, name=f"norm{i}"), keras.layers.ReLU(name=f"relu{i}")]
-        part = decide if i == len(s.conv) else look
-        if pools(s, i): part += [keras.layers.MaxPooling2D(2, name=f"pool{i}")]
-        if i % s.pool_every == 0: part += _dropout(s, f"block{i}", seed)
-    decide += [keras.layers.GlobalAveragePooling2D(name="mean") if s.head == "gap" else keras.layers.Flatten(name="flatten")]
-    for i, units in enumerate((*s.dense, outputs), 1):
-        last = i > len(s.dense)
-        decide += [keras.layers.Dense(units, activation=None if last else "relu", name="logits" if last else f"dense{i}",
-                                      kernel_initializer=type(keras.initializers.get(s.init))(seed=_seed(seed, "dense", i)),
-                                      kernel_regularizer=keras.regularizers.L2(s.l2) if s.l2 and not last else None)]
-        if not last: decide += _dropout(s, f"dense{i}", seed)
+    name, s = find_spec(spec, SPECS)
+    arithmetic(s, shape, outputs)                                    # refuses images that are too small
+    scale = s.rescale and keras.layers.Rescaling(s.rescale[0], offset=s.rescale[1], name="rescale")
+    look, after = [scale] if scale else [], []
+    for i in range(1, len(s.conv) + 1):
+        maps, then = _block(s, i, seed)
+        look, after = [*look, *after, *maps], then
     first = keras.Sequential([keras.Input(shape), *look], name="features")
-    model = keras.Sequential([keras.Input(shape), first, keras.Sequential([keras.Input(first.output_shape[1:]), *decide], name="head")], name=name)
-    model.spec = s
-    return model
+    last = [keras.Input(first.output_shape[1:]), *after, *_decide(s, outputs, seed)]
+    return keras.Sequential([keras.Input(shape), first, keras.Sequential(last, name="head")], name=name)
 
 # %% ../nbs/11_cnn.ipynb #9c5b0e4e
 def separable_params(
@@ -229,26 +251,73 @@ def head(
     "The half of a model that decides."
     return _part(model, "head")
 
+# %% ../nbs/11_cnn.ipynb #098491d2
+def describe(
+    model, # a Keras model
+) -> Spec | mlp.Spec | None: # None if neither `build` nor `mlp.build` made it
+    "The description of a network, read from its layers."
+    parts = {layer.name: layer for layer in model.layers}
+    if set(parts) != {"features", "head"} or not all(hasattr(part, "layers") for part in parts.values()):
+        return None
+    look, decide = parts["features"].layers, parts["head"].layers
+    if not any(layer.name == "conv1" for layer in look):
+        return mlp.read_spec(model)
+    found = with_optimizer(_described(look, decide), model.name, SPECS)
+    try:
+        twin = build(found, model.input_shape[1:], model.output_shape[-1])
+    except CourseError:
+        return None
+    same = [layer.get_config().items() for part in (look, decide) for layer in part]
+    other = [layer.get_config().items() for part in ("features", "head") for layer in twin.get_layer(part).layers]
+    return found if len(same) == len(other) and all(map(_agree, same, other)) else None
+
+# %% ../nbs/11_cnn.ipynb #59512ea8
+def _agree(one, other) -> bool:
+    "Whether two layers are the same but for their seeds."
+    free = {"seed", "dtype", "kernel_initializer", "depthwise_initializer", "pointwise_initializer"}
+    return {k: v for k, v in one if k not in free} == {k: v for k, v in other if k not in free}
+
+def _described(look: list, decide: list) -> Spec:
+    "What the layers of `features` and `head` look like as a description."
+    named = {layer.name: layer for layer in (*look, *decide)}
+    conv = [layer for name, layer in named.items() if re.fullmatch(r"conv\d+", name)]
+    pools = [int(name[4:]) for name in named if re.fullmatch(r"pool\d+", name)]
+    sides, first = tuple(layer.kernel_size[0] for layer in conv), conv[0]
+    rates = [layer.rate for name, layer in named.items() if name.startswith("drop_")]
+    scale, l2 = named.get("rescale"), first.kernel_regularizer
+    return Spec(
+        tuple(layer.filters for layer in conv),
+        tuple(layer.units for name, layer in named.items() if re.fullmatch(r"dense\d+", name)),
+        kernel=sides[0] if len(set(sides)) == 1 else sides,
+        padding=first.padding, stride=first.strides[0],
+        pool_every=min(pools, default=len(conv) + 1), last_pool=len(conv) in pools,
+        head="gap" if "mean" in named else "flatten",
+        separable="Separable" in type(conv[-1]).__name__, norm="norm1" in named,
+        dropout=rates[0] if rates else 0., l2=float(l2.l2) if l2 else 0.,
+        init=re.sub(r"(?<!^)(?=[A-Z])", "_", type(first.kernel_initializer).__name__).lower(),
+        rescale=(scale.scale, scale.offset) if scale else None)
+
 # %% ../nbs/11_cnn.ipynb #e74a4363
 def receptive_field(
     spec: str | Spec, # a name in `SPECS`, or a description
-) -> tuple[int, int]: # pixels of the film that one value of the last map sees along a side; pixels between neighbours
+) -> tuple[int, int]: # pixels of the image that one value of the last map sees along a side; pixels between neighbours
     "How far one value of the last map before the head sees."
-    s = lookup(spec)[1]
+    s = find_spec(spec, SPECS)[1]
     seen, step = 1, 1
-    for i in range(1, len(s.conv) + 1):
-        seen, step = seen + (s.kernel - 1) * step, step * (s.stride if i == 1 else 1)
-        if i < len(s.conv) and pools(s, i): seen, step = seen + step, step * 2
+    for i, side in enumerate(s.kernels, 1):
+        seen, step = seen + (side - 1) * step, step * (s.stride if i == 1 else 1)
+        if i < len(s.conv) and s.pools(i):
+            seen, step = seen + step, step * 2
     return seen, step
 
 # %% ../nbs/11_cnn.ipynb #70f54eaa
 def activations(
     model, # a model that keeps the contract
-    x: np.ndarray, # (h, w) or (h, w, c) one film, values in [0, 1]
+    x: np.ndarray, # (h, w) or (h, w, c) one image, values in [0, 1]
 ) -> dict[str, np.ndarray]: # (h', w', f) for each layer, in order, up to the last map before the head decides
-    "What every layer that looks makes of one film."
+    "What every layer that looks makes of one image."
     part = features(model)
-    inner = keras.Model(part.inputs, [layer.output for layer in part.layers])
+    inner = keras.Model(part.inputs[0], [layer.output for layer in part.layers])
     maps = inner(np.asarray(x, dtype="float32").reshape(1, *part.input_shape[1:]))
     return {layer.name: keras.ops.convert_to_numpy(m)[0] for layer, m in zip(part.layers, maps)}
 

@@ -5,6 +5,7 @@
 # %% ../nbs/10_mlp.ipynb #03d7054e
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -13,7 +14,8 @@ import pandas as pd
 from .core import CourseError, rng
 
 # %% auto #0
-__all__ = ['SPECS', 'dense_params', 'Spec', 'lookup', 'arithmetic', 'build', 'hidden', 'gradients']
+__all__ = ['SPECS', 'dense_params', 'Spec', 'find_spec', 'dense_table', 'build', 'read_spec', 'with_optimizer', 'hidden',
+           'gradients']
 
 # %% ../nbs/10_mlp.ipynb #23c29932
 def dense_params(
@@ -42,48 +44,88 @@ SPECS = {
 }
 
 # %% ../nbs/10_mlp.ipynb #b25bde1f
-def lookup(
-    spec: str | Spec, # a name in `SPECS`, or a description of your own
-) -> tuple[str, Spec]: # its name ('custom' if it has none) and the description
-    "The description that belongs to a name."
-    if isinstance(spec, Spec): return next((n for n, s in SPECS.items() if s == spec), "custom"), spec
-    if spec not in SPECS: raise CourseError(f"there is no dense network named {spec!r}", None, f"choose one of {', '.join(SPECS)}")
-    return spec, SPECS[spec]
+def find_spec(
+    spec, # a name in `specs`, or a description of your own
+    specs: dict | None = None, # name -> description; default: the dense networks of this chapter
+) -> tuple: # its name ('custom' if it has none) and the description
+    "The description that belongs to a name, for networks of any kind."
+    specs = SPECS if specs is None else specs
+    if not isinstance(spec, str):
+        return next((name for name, known in specs.items() if known == spec), "custom"), spec
+    if spec not in specs:
+        raise CourseError(f"there is no network named {spec!r}", None, f"choose one of {', '.join(specs)}")
+    return spec, specs[spec]
 
 # %% ../nbs/10_mlp.ipynb #1f6e5a69
-def arithmetic(
-    spec: str | Spec, # a name in `SPECS`, or a description
-    shape: tuple[int, int, int], # (h, w, c) of the film
-    outputs: int = 1, # numbers that come out
-) -> pd.DataFrame: # one row a layer: layer, units, parameters
-    "Units and parameters of a dense network, by formula."
-    rows, n = [], int(np.prod(shape))
-    units = (*lookup(spec)[1].dense, outputs)
-    for i, m in enumerate(units, 1):
-        rows.append(dict(layer=f"dense{i}" if i < len(units) else "logits", units=m, parameters=dense_params(m, n)))
-        n = m
-    return pd.DataFrame(rows)
+def dense_table(
+    units: Iterable[int], # of each dense layer, the last one being the logits
+    inputs: int, # numbers that go into the first
+) -> pd.DataFrame: # one row a layer: layer, size (units), parameters
+    "Units and parameters of dense layers that follow one another, by formula."
+    units = list(units)
+    names = [*(f"dense{i}" for i in range(1, len(units))), "logits"]
+    into = [inputs, *units[:-1]]
+    return pd.DataFrame(dict(layer=names, size=[str(m) for m in units],
+                             parameters=[dense_params(m, n) for m, n in zip(units, into)]))
 
 # %% ../nbs/10_mlp.ipynb #013a346d
 def build(
     spec: str | Spec = "mlp", # a name in `SPECS`, or a description
-    shape: tuple[int, int, int] = (64, 64, 1), # (h, w, c) of the film, values in [0, 1]
+    shape: tuple[int, int, int] = (64, 64, 1), # (h, w, c) of the image, values in [0, 1]
     outputs: int = 1, # 1 for two classes, k for k classes or k findings
     seed: int = 0, # of the first weights and of dropout
 ): # a Keras model from (n, h, w, c) to (n, outputs) logits, made of the two parts `features` and `head`
     "Build the dense network that a description describes."
     import keras
-    name, s = lookup(spec)
-    draw = lambda *keys: int(rng(seed, *keys).integers(2**31))
-    look, decide = [keras.layers.Rescaling(s.rescale[0], offset=s.rescale[1], name="rescale")], [keras.layers.Flatten(name="flatten")]
-    for i, units in enumerate((*s.dense, outputs), 1):
-        last = i > len(s.dense)
-        decide += [keras.layers.Dense(units, activation=None if last else s.activation, name="logits" if last else f"dense{i}", kernel_initializer=keras.initializers.GlorotUniform(seed=draw("dense", i)))]
-        if s.dropout and not last: decide += [keras.layers.Dropout(s.dropout, seed=draw("drop", i), name=f"drop{i}")]
-    parts = [keras.Sequential([keras.Input(shape), *look], name="features"), keras.Sequential([keras.Input(shape), *decide], name="head")]
-    model = keras.Sequential([keras.Input(shape), *parts], name=name)
-    model.spec = s
-    return model
+    name, s = find_spec(spec)
+    layers, units = [keras.layers.Flatten(name="flatten")], (*s.dense, outputs)
+    for i, m in enumerate(units, 1):
+        start = keras.initializers.GlorotUniform(seed=_layer_seed(seed, "dense", i))
+        last = i == len(units)
+        layers.append(keras.layers.Dense(m, None if last else s.activation, kernel_initializer=start,
+                                         name="logits" if last else f"dense{i}"))
+        if s.dropout and not last:
+            layers.append(keras.layers.Dropout(s.dropout, seed=_layer_seed(seed, "drop", i), name=f"drop{i}"))
+    scale = keras.layers.Rescaling(s.rescale[0], offset=s.rescale[1], name="rescale")
+    features = keras.Sequential([keras.Input(shape), scale], name="features")
+    head = keras.Sequential([keras.Input(shape), *layers], name="head")
+    return keras.Sequential([keras.Input(shape), features, head], name=name)
+
+# %% ../nbs/10_mlp.ipynb #306b2f5f
+def _layer_seed(*keys) -> int:
+    return int(rng(*keys).integers(2**31))
+
+# %% ../nbs/10_mlp.ipynb #2214454d
+def read_spec(
+    model, # a Keras model
+) -> Spec | None: # None if `build` did not make it
+    "The description of a dense network, read from its layers."
+    parts = {layer.name: layer for layer in model.layers}
+    if set(parts) != {"features", "head"}:
+        return None
+    (scale, *others), (flatten, *layers) = parts["features"].layers, parts["head"].layers
+    kinds = {type(layer).__name__ for layer in layers}
+    if others or type(flatten).__name__ != "Flatten" or not kinds <= {"Dense", "Dropout"}:
+        return None
+    dense = [layer for layer in layers if type(layer).__name__ == "Dense"]
+    bends = {layer.activation.__name__ for layer in dense[:-1]} or {"relu"}
+    dropout = [layer.rate for layer in layers if type(layer).__name__ == "Dropout"]
+    if len(bends) > 1 or type(scale).__name__ != "Rescaling":
+        return None
+    found = Spec(tuple(layer.units for layer in dense[:-1]), bends.pop(), (scale.scale, scale.offset),
+                 dropout[0] if dropout else 0.)
+    return with_optimizer(found, model.name, SPECS)
+
+# %% ../nbs/10_mlp.ipynb #c6ce6a5e
+def with_optimizer(
+    found, # a description that was read from layers
+    name: str, # of the model
+    specs: dict, # name -> description
+): # the description, with the optimizer of the one that it agrees with
+    "Complete a description by the named one that differs in nothing but the optimizer."
+    known = [specs[name]] if name in specs else []
+    known += specs.values()
+    return next((s for s in known if replace(s, optimizer=found.optimizer) == found), found)
 
 # %% ../nbs/10_mlp.ipynb #c6c4b71c
 def hidden(
@@ -94,7 +136,7 @@ def hidden(
     import keras
     head = model.get_layer("head")
     dense = [layer for layer in head.layers if isinstance(layer, keras.layers.Dense)]
-    inner = keras.Model(head.inputs, [layer.output for layer in dense])
+    inner = keras.Model(head.inputs[0], [layer.output for layer in dense])
     return {layer.name: keras.ops.convert_to_numpy(a) for layer, a in zip(dense, inner(model.get_layer("features")(x)))}
 
 # %% ../nbs/10_mlp.ipynb #0d283aaa

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import hashlib
 import io
 import json
@@ -13,7 +14,7 @@ import logging
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -22,31 +23,34 @@ import numpy as np
 import pandas as pd
 
 from . import cnn, core, evaluation, pipelines, splits, training
-from .core import CourseError, PALETTE, atomic, classes, findings, patients, rng
+from .core import CourseError, Task, atomic, groups, rng
 
 # %% auto #0
-__all__ = ['SYSTEM_E', 'SMALL', 'METHODS', 'Space', 'declare', 'spec_of', 'hypermodel', 'search', 'trials', 'histories', 'best',
-           'log_hparams', 'logged', 'best_so_far', 'plot_best_so_far', 'StandIn', 'importance', 'plot_importance',
-           'plot_parallel', 'judged', 'expected_best', 'halves', 'caution', 'retrain']
+__all__ = ['SYSTEM_E', 'SMALL', 'METHODS', 'Space', 'declare', 'spec_of', 'ValidationAUC', 'hypermodel', 'search', 'trials',
+           'best', 'trial_predictions', 'halves', 'caution', 'retrain']
 
 # %% ../nbs/16_tuning.ipynb #9a18a978
 @dataclass(frozen=True)
 class Space:
-    "What may be chosen; as it stands, system E's space."
+    "What may be chosen; as it stands, the space of system E."
     filters: tuple[tuple[int, int], ...] = ((32, 128), (32, 256), (32, 256)) # fewest and most filters of each convolution
-    kernels: tuple[int, ...] = (3, 5) # side of the windows, pixels; one for all convolutions
+    kernels: tuple[int, ...] = (3, 5) # side of the windows, pixels, chosen for each convolution
     dense: tuple[int, int] = (32, 128) # fewest and most units of the dense layer
     step: int = 16 # between one number of filters or units and the next
-    lr: tuple[float, float] = (1e-4, 1e-2) # least and greatest step size, drawn on a logarithmic scale
+    dropout: tuple[float, ...] = (0., .2, .3) # share set to zero in training after every block and dense layer
+    lr: tuple[float, float] = (1e-4, 1e-2) # least and greatest learning rate, drawn on a logarithmic scale
 
 SYSTEM_E = Space()
-SMALL = Space(filters=((8, 32), (8, 64), (8, 64)), dense=(8, 32), step=8)       # for films of few pixels and a laptop
+SMALL = Space(filters=((8, 32), (8, 64), (8, 64)), dense=(8, 32), step=8)       # for small images and a laptop
 
 # %% ../nbs/16_tuning.ipynb #5497b140
 def _keras_tuner():
     "keras-tuner and what it needs, or a word about how to get them."
-    try: import keras_tuner, tensorboard
-    except ImportError as e: raise CourseError(f"a search needs keras-tuner and TensorBoard, and {e.name} is missing", None, 'install them with pip install "cxr-course[tune]"') from e
+    try:
+        import keras_tuner, tensorboard
+    except ImportError as e:
+        raise CourseError(f"a search needs keras-tuner and TensorBoard, and {e.name} is missing", None,
+                          'install them with pip install "cxr-course[tune]"') from e
     return keras_tuner
 
 # %% ../nbs/16_tuning.ipynb #f09827f2
@@ -55,137 +59,336 @@ def declare(
     space: Space = SYSTEM_E, # what may be chosen
 ) -> dict: # the values that `hp` holds at present
     "Tell keras-tuner what there is to choose."
-    values = {f"filters{i}": hp.Int(f"filters{i}", *bounds, step=space.step) for i, bounds in enumerate(space.filters, 1)}
-    values |= dict(kernel=hp.Choice("kernel", list(space.kernels)), dense=hp.Int("dense", *space.dense, step=space.step))
-    return values | dict(lr=hp.Float("lr", *space.lr, sampling="log"))
+    values = {}
+    for i, (fewest, most) in enumerate(space.filters, 1):
+        values[f"filters{i}"] = hp.Int(f"filters{i}", fewest, most, step=space.step)
+        values[f"kernel{i}"] = hp.Choice(f"kernel{i}", list(space.kernels))
+    values["dense"] = hp.Int("dense", *space.dense, step=space.step)
+    values["dropout"] = hp.Choice("dropout", list(space.dropout))
+    values["lr"] = hp.Float("lr", *space.lr, sampling="log")
+    return values
 
 # %% ../nbs/16_tuning.ipynb #74aebb80
 def spec_of(
-    values: dict | pd.Series, # filters1, filters2, ..., kernel, dense; others are ignored
+    values: dict | pd.Series, # filters1, kernel1, filters2, ..., dense, dropout; others are ignored
 ) -> cnn.Spec:
     "The network that a choice of values means."
-    filters = tuple(int(values[k]) for k in sorted((k for k in values.keys() if k.startswith("filters")), key=lambda k: int(k[7:])))
-    return cnn.Spec(filters, (int(values["dense"]),), kernel=int(values["kernel"]))
+    numbers = [i for i in range(1, len(values)) if f"filters{i}" in values]
+    return cnn.Spec(tuple(int(values[f"filters{i}"]) for i in numbers), (int(values["dense"]),),
+                    kernel=tuple(int(values[f"kernel{i}"]) for i in numbers), dropout=float(values["dropout"]))
+
+# %% ../nbs/16_tuning.ipynb #674860b6
+def _seed(*keys) -> int: # never 0, which keras-tuner takes for "any"
+    return int(rng(*keys).integers(1, 2**31))
+
+def _mean_auc(task: Task, truth: np.ndarray, p: np.ndarray) -> float:
+    "The AUC, averaged over the classes or findings for which there is one."
+    asked = range(len(task.names))[-1:] if task.outputs == 1 else range(len(task.names))
+    each = [evaluation.auc(truth[:, i], p[:, i]) for i in asked]
+    return float(np.mean([a for a in each if not np.isnan(a)] or [np.nan]))
+
+# %% ../nbs/16_tuning.ipynb #8f7ddad5
+class ValidationAUC(keras.callbacks.Callback):
+    "After every epoch: loss and AUC on validation, counted by pairs, for the callbacks that follow and for the history."
+    def __init__(self,
+        store, # a Store with validation images
+        file: str | Path | None = None, # where the predictions of the epoch with the lowest loss go
+    ):
+        super().__init__()
+        frame = store.frame.iloc[store.rows("val")]
+        self.store, self.file, self.task = store, file, Task.of(store.frame)
+        self.indicators, self.truth = self.task.indicators(frame).to_numpy(), store.labels("val")
+        self.loss, self.auc = np.inf, np.nan     # of the best epoch so far
+
+    def on_epoch_end(self, epoch: int, logs: dict) -> None:
+        batches = pipelines.stream(self.store, "val", batch=64)
+        z = np.concatenate([np.asarray(self.model(x, training=False)) for x, _ in batches])
+        p, loss = cnn.probabilities(z, self.task.findings), float(training.cross_entropy(self.truth, z))
+        logs |= dict(val_loss=loss, val_auc=_mean_auc(self.task, self.indicators, p))
+        if not np.isfinite(loss + logs["loss"]):
+            raise _keras_tuner().errors.FailedTrialError(f"the loss is no longer a number in epoch {epoch + 1}")
+        if loss < self.loss:
+            self.loss, self.auc = loss, logs["val_auc"]
+            if self.file is not None:
+                np.save(self.file, p)
 
 # %% ../nbs/16_tuning.ipynb #7d1f2856
 def hypermodel(
     space: Space, # what may be chosen
-    shape: tuple[int, int, int], # (h, w, c) of the films
-    outputs: int = 1, # 1 for two classes, k for k classes or k findings
-    seed: int = 0, # of the first weights
-): # a keras-tuner HyperModel: `.build(hp)` gives a compiled model
-    "The course's builder in the form that keras-tuner knows."
+    shape: tuple[int, int, int], # (h, w, c) of the images
+    task: Task | None = None, # what is asked; default: two classes
+    seed: int = 0, # of first weights and order
+    *,
+    stores: list = (), # one Store a fold, to learn from and to choose by; without any, `fit` is Keras's
+    executions: int = 1, # trainings on each fold, with different seeds
+    batch: int = 32, # images a step
+    patience: int = 3, # epochs without a lower validation loss before a training stops
+): # a keras-tuner HyperModel
+    "The course's networks in the form that keras-tuner knows."
+    task = task or Task(("0", "1"), "classes")
+
     class Network(_keras_tuner().HyperModel):
+        folder, run = None, 0     # of the trial, and how many trainings it has behind it: told by the tuner
+
         def build(self, hp):
             values = declare(hp, space)
-            model = cnn.build(spec_of(values), shape, outputs, seed)
-            model.compile(keras.optimizers.Adam(values["lr"]), training.cross_entropy)
+            model = cnn.build(spec_of(values), shape, task.outputs, seed + self.run % executions)
+            model.compile(keras.optimizers.Adam(values["lr"]), training.cross_entropy, metrics=_metrics(task))
             return model
+
+        def fit(self, hp, model, *data, callbacks=(), initial_epoch=0, **options):
+            if not stores:
+                return model.fit(*data, callbacks=list(callbacks), initial_epoch=initial_epoch, **options)
+            store, own = stores[self.run // executions], seed + self.run % executions
+            images = pipelines.stream(store, "train", batch=batch, shuffle=_seed(own, "order", initial_epoch))
+            judge = ValidationAUC(store, self.folder and Path(self.folder, f"val-{self.run}.npy"))
+            stop = keras.callbacks.EarlyStopping("val_loss", patience=patience)
+            epochs = model.fit(images, callbacks=[judge, stop, *callbacks], initial_epoch=initial_epoch, **options).epoch
+            self.run += 1
+            return dict(val_auc=judge.auc, val_loss=judge.loss, epochs=len(epochs))
     return Network(name="network")
 
-# %% ../nbs/16_tuning.ipynb #674860b6
-def _seed(*keys) -> int: return int(rng(*keys).integers(1, 2**31))     # never 0, which keras-tuner takes for "any"
-
-def _judged(store) -> pd.DataFrame: return store.frame.iloc[store.rows("val")].reset_index(drop=True)
-
-@contextlib.contextmanager
-def _quiet():
-    "Without TensorFlow's remark that it compiles anew for each network, which is what a search is about."
-    log = logging.getLogger("tensorflow")
-    before = log.level
-    log.setLevel(logging.ERROR)
-    try: yield
-    finally: log.setLevel(before)
-
-def _learn(model, store, history: list[dict], p, epochs: int, batch: int, patience: int, seed: int):
-    "Train until so many epochs are behind us or the losses say enough; the validation probabilities of the best epoch."
-    truth, frame = store.labels("val"), _judged(store)
-    while len(history) < epochs and not training.enough([h["val_loss"] for h in history], patience):
-        order = _seed(seed, "order", len(history))
-        with _quiet(): loss = model.fit(pipelines.stream(store, "train", batch=batch, shuffle=order), shuffle=False, verbose=0).history["loss"][0]
-        z = np.concatenate([model(x, training=False).numpy() for x, _ in pipelines.stream(store, "val", batch=64)])
-        now = cnn.probabilities(z, bool(findings(frame)))
-        history.append(dict(epoch=len(history) + 1, loss=float(loss), val_loss=float(training.cross_entropy(truth, z)), auc=training._auc(frame, now)))
-        if not np.isfinite(history[-1]["val_loss"]): raise CourseError(f"the loss is no longer a number in epoch {len(history)}", None, "the steps were too large")
-        if training.best_epoch([h["val_loss"] for h in history]) == len(history) - 1: p = now
-    return p
+# %% ../nbs/16_tuning.ipynb #262cc629
+def _metrics(task: Task) -> list:
+    "Keras's metrics that fit a task; of findings that may be unknown it has none."
+    if task.findings:
+        return []
+    if task.outputs > 1:
+        return [keras.metrics.SparseCategoricalAccuracy("accuracy")]
+    return [keras.metrics.BinaryAccuracy("accuracy", threshold=0.), keras.metrics.AUC(from_logits=True, name="auc")]
 
 # %% ../nbs/16_tuning.ipynb #f3a2ba51
 def _read(file: Path) -> dict:
-    try: return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e: raise CourseError(f"the record cannot be read ({e})", file, "remove this trial's folder, or start a new search") from e
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
+        raise CourseError(f"a file of the search cannot be read ({e})", file,
+                          "the process was probably stopped while it was written: start a new search in another folder") from e
 
 def _write(file: Path, what: dict) -> None:
-    with atomic(file) as part: part.write_text(json.dumps(what, indent=1), encoding="utf-8")
+    with atomic(file) as part:
+        part.write_text(json.dumps(what, indent=1), encoding="utf-8")
 
-def _keep(model, file: Path) -> None:
-    with atomic(file) as part: np.savez(part, *(v.numpy() for v in (*model.variables, *model.optimizer.variables)))
+# %% ../nbs/16_tuning.ipynb #4eddab92
+FAILURES = 5     # if so many trials of a sitting fail and none succeeds, something is wrong with all of them
 
-def _restore(model, file: Path) -> None:
-    model.optimizer.build(model.trainable_variables)
-    with np.load(file, allow_pickle=False) as kept:
-        for i, v in enumerate((*model.variables, *model.optimizer.variables)): v.assign(kept[f"arr_{i}"])
+class _Over(Exception):
+    "No further trial may start."
 
-# %% ../nbs/16_tuning.ipynb #6dbc4e1b
-def _values(trial) -> dict: return {k: v for k, v in trial.hyperparameters.values.items() if not k.startswith("tuner/")}     # without Hyperband's own notes
+class _Budget:
+    "Knows when no further trial may start, and how long each one took."
+    def __init__(self, folder: Path, epochs: float, minutes: float | None, clock: Callable[[], float]):
+        self.folder, self.epochs, self.minutes, self.clock = folder, epochs, minutes, clock
+        self.before, self.began, self.failed, self.done = trials(folder)["seconds"].sum(), clock(), 0, 0
 
-def _begin(trial, file: Path, epochs: int) -> dict:
-    "The record of a trial that starts, written before anything can go wrong."
-    told, starts = trial.hyperparameters.values, 1 + (_read(file)["starts"] if file.exists() else 0)
-    record = dict(trial=int(trial.trial_id), values=_values(trial), asked=int(told.get("tuner/epochs", epochs)), of=int(told["tuner/trial_id"]) if "tuner/trial_id" in told else None,
-                  starts=starts, status="running", reason="", score=None, scores=[], histories=[], epochs=0, seconds=0.)
-    _write(file, record)
-    return record
+    def check(self) -> None:
+        found = trials(self.folder)
+        if self.minutes is not None and self.before + self.clock() - self.began >= 60 * self.minutes:
+            raise _Over
+        if self.failed >= FAILURES and not self.done:
+            raise _Over
+        if found["epochs"].where(found["status"] != "failed", found["asked"]).sum() >= self.epochs:
+            raise _Over
 
-# %% ../nbs/16_tuning.ipynb #8316561c
-class _Bench:
-    "Where trials are run: each leaves a folder with a record, whatever becomes of it."
-    def __init__(self, folder: Path, stores: list, plan: dict, space: Space, objective, clock):
-        self.folder, self.stores, self.plan, self.space, self.objective, self.clock = folder, stores, plan, space, objective, clock
-        self.runs = max(len(stores), 1) * plan["executions"]
+    def start(self, folder: str) -> int:
+        "How often the trial in this folder was started; its clock runs."
+        self.file, self.started = Path(folder, "time.json"), self.clock()
+        self.starts = 1 + (_read(self.file)["starts"] if self.file.exists() else 0)
+        _write(self.file, dict(starts=self.starts, seconds=0.))
+        return self.starts
 
-    def place(self, trial_id: str) -> Path: return self.folder / f"trial_{trial_id}"
+    def end(self, succeeded: bool) -> None:
+        self.done, self.failed = self.done + succeeded, self.failed + (not succeeded)
+        _write(self.file, dict(starts=self.starts, seconds=round(self.clock() - self.started, 3)))
 
-    def run(self, trial) -> float:
-        "Train the trial's network as often as asked; the mean AUC on validation."
-        values, parent = _values(trial), trial.hyperparameters.values.get("tuner/trial_id")
-        self.record = _begin(trial, self.place(trial.trial_id) / "record.json", self.plan["epochs"])
-        self.began = self.clock()
-        if self.record["starts"] > 2: raise CourseError("the process died in this trial twice", None, "perhaps memory was short: a smaller space, smaller films or smaller batches")
-        for i in range(self.runs): self.once(i, trial, values, parent)
-        if not np.isfinite(score := float(np.mean(self.record["scores"]))): raise CourseError("there is no AUC", "validation", "it needs films of both classes")
-        self.record["score"] = score
-        return score
+# %% ../nbs/16_tuning.ipynb #bb12f4c5
+METHODS = ("random", "hyperband", "bayesian")
 
-    def once(self, i: int, trial, values: dict, parent: str | None) -> None:
-        "One execution on one fold."
-        history = list(_read(self.place(parent) / "record.json")["histories"][i]) if parent else []
-        before, seed = len(history), self.plan["seed"] + i % self.plan["executions"]
-        if self.objective is not None:
-            aucs = self.objective(values, self.record["asked"], i)
-            history += [dict(epoch=e, auc=float(a), val_loss=1 - float(a)) for e, a in enumerate(aucs, 1) if e > before]
-        else: _train(self, i, trial, history, seed, parent)
-        self.record["histories"].append(history)
-        self.record["epochs"] += len(history) - before
-        self.record["scores"].append(history[training.best_epoch([h["val_loss"] for h in history])]["auc"])
+# %% ../nbs/16_tuning.ipynb #8f051b28
+def _tuner(method: str, network, folder: Path, plan: dict, n: int, budget: _Budget):
+    "keras-tuner's tuner for a method, within our budget."
+    kt = _keras_tuner()
+    base, own = dict(
+        random=(kt.RandomSearch, dict(max_trials=n)),
+        hyperband=(kt.Hyperband, dict(max_epochs=plan["epochs"], hyperband_iterations=None)),
+        bayesian=(kt.BayesianOptimization, dict(max_trials=n, num_initial_points=max(3, n // 3), alpha=.05)))[method]
 
-    def close(self, trial) -> None:
-        "Write down how a trial ended."
-        self.record |= dict(status="done" if trial.status == "COMPLETED" else "failed", reason=_reason(trial.message or ""), seconds=round(self.clock() - self.began, 3))
-        _write(self.place(trial.trial_id) / "record.json", self.record)
-        if self.record["of"] is not None:                               # the trial that was continued needs its weights no more
-            for file in self.place(trial.hyperparameters.values["tuner/trial_id"]).glob("weights-*.npz"): file.unlink()
+    class Tuner(base):
+        def pre_create_trial(self):
+            budget.check()
+            if method == "bayesian" and isinstance(self.oracle, kt.Oracle):
+                self.oracle._random_state = np.random.RandomState(_seed(plan["seed"], "draw", len(self.oracle.trials)))
 
-# %% ../nbs/16_tuning.ipynb #5a5c6d6c
-def _train(bench: _Bench, i: int, trial, history: list, seed: int, parent: str | None) -> None:
-    "Train the trial's network, from the beginning or from where its parent stopped."
-    store, place, plan, asked = bench.stores[i // bench.plan["executions"]], bench.place(trial.trial_id), bench.plan, bench.record["asked"]
-    model = hypermodel(bench.space, (*store.shape, 1), training._outputs(store.frame), seed).build(trial.hyperparameters.copy())
-    if parent: _restore(model, bench.place(parent) / f"weights-{i}.npz")
-    p = np.load(bench.place(parent) / f"val-{i}.npy") if parent else None
-    p = _learn(model, store, history, p, asked, plan["batch"], plan["patience"], seed)
-    with atomic(place / f"val-{i}.npy") as part: np.save(part, p)
-    if plan["method"] == "hyperband" and asked < plan["epochs"]: _keep(model, place / f"weights-{i}.npz")
+        def run_trial(self, trial, *args, **options):
+            folder = self.get_trial_dir(trial.trial_id)
+            if budget.start(folder) > 2:
+                raise kt.errors.FailedTrialError("the process died in this trial twice")
+            self.hypermodel.folder, self.hypermodel.run = folder, 0
+            return _summary(super().run_trial(trial, *args, **options))
+
+        def on_trial_end(self, trial):
+            budget.end(trial.status == "COMPLETED")
+            super().on_trial_end(trial)
+            _tell(self.project_dir, trial.trial_id)
+
+    runs = plan["executions"] * (plan["folds"] or 1)
+    with contextlib.redirect_stdout(io.StringIO()):
+        tuner = Tuner(network, objective=kt.Objective("val_auc", "max"), seed=_seed(plan["seed"], method),
+                      executions_per_trial=runs, max_consecutive_failed_trials=10**9, directory=str(folder.parent),
+                      project_name=folder.name, **own)
+    if isinstance(tuner.oracle, kt.Oracle):      # a kill between two files: that trial is drawn again, the same
+        tuner.oracle.trials = {k: t for k, t in tuner.oracle.trials.items() if k in tuner.oracle.start_order}
+    return tuner
+
+def _summary(runs: list[dict]) -> dict:
+    "What the trainings of one trial come to."
+    scores = [run["val_auc"] for run in runs]
+    if not np.isfinite(scores).all():
+        raise CourseError("there is no AUC", "validation", "it needs images of both classes")
+    spread = {"spread": float(np.std(scores, ddof=1))} if len(runs) > 1 else {}
+    return dict(val_auc=float(np.mean(scores)), runs=len(runs), epochs=sum(run["epochs"] for run in runs)) | spread
+
+# %% ../nbs/16_tuning.ipynb #28726b2a
+def _tell(folder: str, trial_id: str) -> None:
+    "A line a trial."
+    if os.environ.get("CXR_COURSE_QUIET"):
+        return
+    found = trials(folder)
+    row = found[found["trial"] == int(trial_id)].iloc[0]
+    chosen = ", ".join(f"{k} {row[k]:.3g}" for k in found.columns[1:found.columns.get_loc("score")])
+    how = f"val AUC {row['score']:.3f}, best {found['score'].max():.3f}"
+    how = how if row["status"] == "done" else f"failed: {row['reason']}"
+    again = f" (trial {row['of']} continued)" if pd.notna(row["of"]) else ""
+    print(f"trial {row['trial']}{again}: {chosen}: {how}; {row['epochs']:.0f} epochs, {row['seconds']:.0f} s", flush=True)
+
+@contextlib.contextmanager
+def _quiet():
+    "Without TensorFlow's remark that it compiles anew for each network, and scikit-learn's on its Gaussian process."
+    log = logging.getLogger("tensorflow")
+    before = log.level
+    log.setLevel(logging.ERROR)
+    gc.freeze()      # keras-tuner collects garbage before each trial: only what the search itself leaves
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module="sklearn.gaussian_process")
+            yield
+    finally:
+        gc.unfreeze()
+        log.setLevel(before)
+
+# %% ../nbs/16_tuning.ipynb #7426e786
+def _stores(store, folds: int | None, seed: int) -> list:
+    "The images to learn from and to choose by, without the test images."
+    splits.refuse_leakage(store.frame)
+    frame = store.frame[store.frame["split"] != "test"].reset_index(drop=True)
+    if folds is not None:
+        frame = frame[frame["split"].notna()].reset_index(drop=True)
+    cuts = [frame] if folds is None else splits.kfold(frame, folds, seed)
+    for cut, part in ((cut, part) for cut in cuts for part in ("train", "val")):
+        rows = cut[cut["split"] == part]
+        if rows.empty:
+            raise CourseError(f"there is no image in the split {part!r}", None,
+                              "cut it first with `splits.split` or `splits.hold_out`")
+        if not Task.of(cut).findings and rows["label"].nunique() < 2:
+            raise CourseError(f"the images of split {part!r} show one class only", None,
+                              "split again, or ask for fewer folds")
+    return [store.using(cut) for cut in cuts]
+
+def _fingerprint(stores: list) -> str:
+    "Who is in which split of which fold."
+    mark = hashlib.blake2b(digest_size=8)
+    for s in stores:
+        said = s.frame[["group", "split", *Task.of(s.frame).columns]].to_csv(index=False)
+        mark.update(f"{s.shape}".encode() + said.encode("utf8", "surrogateescape"))
+    return mark.hexdigest()
+
+# %% ../nbs/16_tuning.ipynb #bc892482
+def _open(folder: Path, plan: dict, stores: list, resume: bool) -> None:
+    "Begin a search's folder, or make sure that it is the same search, and whole."
+    shared, file = "KERASTUNER_ORACLE_IP" in os.environ, folder / "plan.json"
+    if file.exists():
+        if not (resume or shared):
+            raise CourseError("a search lies here already", folder, "continue it with resume=True, or name another folder")
+        differ = [k for k, v in json.loads(json.dumps(plan)).items() if _read(file).get(k) != v]
+        if differ:
+            raise CourseError(f"the search in this folder differs in {', '.join(differ)}", folder,
+                              "resume with the same images and settings; only `trials` and `minutes` may grow")
+        for state in (*folder.glob("*.json"), *folder.glob("trial_*/*.json")):
+            _read(state)
+        return
+    if folder.exists() and any(folder.iterdir()) and not shared:
+        raise CourseError("something else is there already, and is never overwritten", folder, "name another folder")
+    if resume and not shared:
+        raise CourseError("there is nothing to resume", folder, "start it without `resume`")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise CourseError(f"the folder of the search cannot be made ({e.strerror})", folder,
+                          "choose a place you may write to") from e
+    if stores:
+        judges = [s.frame.iloc[s.rows("val")].assign(meta_fold=i) for i, s in enumerate(stores)]
+        with atomic(folder / "images.csv") as part:
+            pd.concat(judges).to_csv(part, index=False)
+    _write(file, plan)
+
+# %% ../nbs/16_tuning.ipynb #3fc209ae
+def search(
+    method: str, # 'random', 'hyperband' or 'bayesian'
+    store, # a Store of images split into train and val; test images are set aside unseen. None with a `network` of your own
+    folder: str | Path, # where the search is kept
+    *,
+    space: Space = SYSTEM_E, # what may be chosen
+    trials: int = 20, # networks to try; Hyperband spends the same epochs on more and shorter trials
+    epochs: int = 9, # over the training images, at most, for one network
+    minutes: float | None = None, # no trial starts after so long, earlier sittings included
+    executions: int = 1, # trainings of each network, with different seeds; their mean counts
+    folds: int | None = None, # judge each network on so many folds by patient instead of on the split 'val'
+    seed: int = 0, # of the choices, the first weights and the order of the images
+    batch: int = 32, # images a step
+    patience: int = 3, # epochs without a lower validation loss before a training stops
+    resume: bool = False, # go on with a search that was killed, or give it a larger budget
+    network=None, # a keras-tuner HyperModel of your own, whose `fit` returns dict(val_auc=, epochs=)
+    clock: Callable[[], float] = time.monotonic, # seconds
+) -> pd.DataFrame: # the table of `trials(folder)`
+    "Look for the network with the best AUC on validation, within a budget."
+    folder, kt = Path(folder), _keras_tuner()
+    _refuse(method, store, network, folds, [trials, epochs, executions, np.inf if minutes is None else minutes])
+    stores = [] if store is None else _stores(store, folds, seed)
+    task = Task.of(stores[0].frame) if stores else None
+    plan = dict(format=2, method=method, space=asdict(space) if network is None else type(network).__name__,
+                epochs=epochs, executions=executions, folds=folds, seed=seed, batch=batch, patience=patience,
+                images=_fingerprint(stores), task=asdict(task) if task else None)
+    _open(folder, plan, stores, resume)
+    network = network or hypermodel(space, (*stores[0].shape, 1), task, seed, stores=stores, executions=executions,
+                                    batch=batch, patience=patience)
+    runs = executions * (folds or 1)
+    budget = _Budget(folder, trials * epochs * runs if method == "hyperband" else np.inf, minutes, clock)
+    board = [keras.callbacks.TensorBoard(folder / "logs", write_graph=False)] if stores else []
+    with _quiet(), contextlib.suppress(_Over):
+        tuner = _tuner(method, network, folder, plan, trials, budget)
+        tuner.search(epochs=epochs, callbacks=board, verbose=0)
+    return _finished(folder)
+
+# %% ../nbs/16_tuning.ipynb #b1807704
+def _refuse(method: str, store, network, folds: int | None, budget: list[float]) -> None:
+    if method not in METHODS:
+        raise CourseError(f"there is no method {method!r}", None, f"use {', '.join(METHODS)}")
+    if min(budget[:3]) < 1 or budget[3] <= 0:
+        raise CourseError("the budget is empty", None,
+                          "give at least one trial, one epoch, one execution, and more than no time")
+    if store is None and network is None:
+        raise CourseError("there is nothing to train on", None, "give a store")
+    if folds is not None and method == "hyperband":
+        raise CourseError("Hyperband cannot be judged by folds", None,
+                          "it goes on with weights that have seen another fold's patients: use 'random' or 'bayesian'")
+
+def _finished(folder: Path) -> pd.DataFrame:
+    found = trials(folder)
+    if not (found["status"] == "done").any():
+        why = "; ".join(f"{n} x {r}" for r, n in found["reason"].value_counts().items() if r)
+        raise CourseError(f"none of {len(found)} trials could be finished", folder,
+                          f"see to the cause first ({why})" if why else "give it more time")
+    return found
 
 # %% ../nbs/16_tuning.ipynb #b9076fdb
 def _reason(message: str) -> str:
@@ -194,219 +397,37 @@ def _reason(message: str) -> str:
     line = next((n for n in last[1:] if n and not n[0].isspace()), "")
     kind, _, text = line.partition(": ")
     kind = kind.rsplit(".", 1)[-1]
-    if kind in ("ResourceExhaustedError", "MemoryError") or "OOM" in message: return "out of memory"
-    return text if kind == "CourseError" else f"{kind}: {text}".strip(": ")
+    if kind in ("ResourceExhaustedError", "MemoryError") or "OOM" in message:
+        return "out of memory"
+    return text if kind in ("CourseError", "FailedTrialError") else f"{kind}: {text}".strip(": ")
 
-# %% ../nbs/16_tuning.ipynb #4eddab92
-PATIENCE_WITH_FAILURES = 5     # if so many trials fail and none succeeds, something is wrong with all of them
-
-class _Budget:
-    "Knows when no further trial may start."
-    def __init__(self, folder: Path, plan: dict, runs: int, trials: int, minutes: float | None, clock):
-        self.folder, self.plan, self.trials, self.minutes, self.clock, self.closed = folder, plan, trials, minutes, clock, {}
-        self.epochs = trials * plan["epochs"] * runs
-        self.old = len(self.read())
-        self.before, self.began = sum(r["seconds"] for r in self.closed.values()), clock()
-
-    def read(self) -> list[dict]:
-        for file in sorted(self.folder.glob("trial_*/record.json")):
-            if file not in self.closed and (record := _read(file))["status"] != "running": self.closed[file] = record
-        return list(self.closed.values())
-
-    def spent(self) -> float: return self.before + self.clock() - self.began
-
-    def share(self) -> float:
-        "How much of the budget is gone, by trials or (Hyperband) by epochs."
-        done = self.read()
-        return sum(r["epochs"] for r in done) / self.epochs if self.plan["method"] == "hyperband" else len(done) / self.trials
-
-    def over(self) -> bool:
-        fresh = self.read()[self.old:]
-        if len(fresh) >= PATIENCE_WITH_FAILURES and all(r["status"] == "failed" for r in fresh): return True
-        return self.share() >= 1 or (self.minutes is not None and self.spent() >= 60 * self.minutes)
-
-    def left(self) -> float:
-        "Seconds until it is over, as far as one can tell."
-        by_share = self.spent() * (1 / max(self.share(), 1e-9) - 1)
-        return max(0., min(by_share, np.inf if self.minutes is None else 60 * self.minutes - self.spent()))
-
-# %% ../nbs/16_tuning.ipynb #bb12f4c5
-METHODS = ("random", "hyperband", "bayesian")
-
-# %% ../nbs/16_tuning.ipynb #8f051b28
-def _oracle(plan: dict, space: Space, budget: _Budget, trials: int):
-    "keras-tuner's oracle for a method, with our budget, and files that a kill cannot spoil."
-    kt, method = _keras_tuner(), plan["method"]
-    base = dict(random=kt.oracles.RandomSearchOracle, hyperband=kt.oracles.HyperbandOracle, bayesian=kt.oracles.BayesianOptimizationOracle)[method]
-    class Oracle(base):
-        def create_trial(self, tuner_id):
-            if not budget.over(): return super().create_trial(tuner_id)
-            self.tuner_ids.discard(tuner_id)
-            return kt.engine.trial.Trial(self.get_space(), "none", "STOPPED")
-
-        def populate_space(self, trial_id):
-            if method == "bayesian":
-                self._random_state = np.random.RandomState((self.seed + len(self.trials)) % 2**32)     # as if never interrupted
-                self.gpr.n_restarts_optimizer = 2                                                      # keras-tuner's 20 take a second a trial
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")                                             # scikit-learn's remarks on the fit of its Gaussian process
-                return super().populate_space(trial_id)
-
-        def save(self): _write(Path(self._get_oracle_fname()), self.get_state())
-        def _save_trial(self, trial): _write(Path(self._get_trial_dir(trial.trial_id), "trial.json"), trial.get_state())
-
-        def reload(self):
-            super().reload()
-            self.trials = {k: t for k, t in self.trials.items() if k in self.start_order}   # a kill between two files: drawn again, the same
-            for i in self._retry_queue: self.trials[i].metrics = type(self.trials[i].metrics)()
-    hp = kt.HyperParameters()
-    declare(hp, space)
-    own = dict(random={}, hyperband=dict(max_epochs=plan["epochs"], hyperband_iterations=None), bayesian=dict(num_initial_points=plan["initial"], alpha=plan["alpha"]))[method]
-    oracle = Oracle(objective=kt.Objective("auc", "max"), hyperparameters=hp, seed=_seed(plan["seed"], method), max_consecutive_failed_trials=10**9, **own)
-    oracle.max_trials = None if method == "hyperband" else trials
-    oracle.verbose = 0
-    return oracle
-
-# %% ../nbs/16_tuning.ipynb #62283d03
-def _tuner(oracle, bench: _Bench, tell: Callable[[dict], None]):
-    "keras-tuner's loop around our bench."
-    kt = _keras_tuner()
-    class Tuner(kt.engine.base_tuner.BaseTuner):
-        def run_trial(self, trial, **_): return {"auc": bench.run(trial)}
-
-        def on_trial_end(self, trial):
-            bench.close(trial)
-            super().on_trial_end(trial)
-            tell(bench.record)
-
-        def save(self):
-            if not self._is_worker(): self.oracle.save()
-            _write(Path(self._get_tuner_fname()), {})
-    with contextlib.redirect_stdout(io.StringIO()): return Tuner(oracle, directory=str(bench.folder.parent), project_name=bench.folder.name)
-
-# %% ../nbs/16_tuning.ipynb #7426e786
-def _stores(store, folds: int | None, seed: int, unknown: str) -> list:
-    "The films to learn from and to choose by, without the test films."
-    splits.refuse_leakage(store.frame, unknown=unknown)
-    frame = store.frame[store.frame["split"] != "test"].reset_index(drop=True)
-    cuts = [frame] if folds is None else splits.kfold(frame[frame["split"].notna()].reset_index(drop=True), folds, seed, unknown)
-    for cut in cuts:
-        for part in ("train", "val"):
-            if not (cut["split"] == part).any(): raise CourseError(f"there is no film in the split {part!r}", None, "cut it first with `splits.split` or `splits.hold_out`")
-            if "label" in cut and cut.loc[cut["split"] == part, "label"].nunique() < 2: raise CourseError(f"the films of split {part!r} show one class only", None, "split again, or ask for fewer folds")
-    return [store.using(cut) for cut in cuts]
-
-def _print(stores: list) -> str:
-    "A fingerprint of who is in which split of which fold."
-    mark = hashlib.blake2b(digest_size=8)
-    for s in stores: mark.update(f"{s.shape}".encode() + s.frame[["patient", "split", *(["label"] if "label" in s.frame else findings(s.frame))]].to_csv(index=False).encode("utf8", "surrogateescape"))
-    return mark.hexdigest()
-
-# %% ../nbs/16_tuning.ipynb #bc892482
-def _open(folder: Path, plan: dict, stores: list, resume: bool) -> None:
-    "Begin a search's folder, or make sure that it is the same search."
-    shared, file = "KERASTUNER_ORACLE_IP" in os.environ, folder / "plan.json"
-    if file.exists():
-        if not (resume or shared): raise CourseError("a search lies here already", folder, "continue it with resume=True, or name another folder")
-        differ = [k for k, v in json.loads(json.dumps(plan)).items() if _read(file).get(k) != v]
-        if differ: raise CourseError(f"the search in this folder had another {', '.join(differ)}", folder, "resume with the same films and settings; only `trials` and `minutes` may grow")
-        return
-    if folder.exists() and any(folder.iterdir()) and not shared: raise CourseError("something else is there already, and is never overwritten", folder, "name another folder")
-    if resume and not shared: raise CourseError("there is nothing to resume", folder, "start it without `resume`")
-    try: folder.mkdir(parents=True, exist_ok=True)
-    except OSError as e: raise CourseError(f"the folder of the search cannot be made ({e.strerror})", folder, "choose a place you may write to") from e
-    if stores:
-        with atomic(folder / "films.csv") as part: pd.concat([_judged(s).assign(meta_fold=i) for i, s in enumerate(stores)]).to_csv(part, index=False)
-    _write(file, plan)
-
-# %% ../nbs/16_tuning.ipynb #3fc209ae
-def search(
-    method: str, # 'random', 'hyperband' or 'bayesian'
-    store, # a Store of films split into train and val; test films are set aside unseen. None with an `objective`
-    folder: str | Path, # where the search is kept
-    trials: int = 20, # networks to try; Hyperband spends the same epochs on more and shorter trials
-    epochs: int = 9, # passes over the training films, at most, for one network
-    minutes: float | None = None, # no trial starts after so long, earlier sittings included
-    executions: int = 1, # trainings of each network, with different seeds; their mean counts
-    folds: int | None = None, # judge each network on so many folds by patient instead of on the split 'val'
-    seed: int = 0, # of the choices, the first weights and the order of the films
-    space: Space = SYSTEM_E, # what may be chosen
-    batch: int = 32, # films a step
-    patience: int = 3, # epochs without a lower validation loss before a training stops
-    unknown: str = "raise", # films without patient: 'raise' or 'picture'
-    resume: bool = False, # go on with a search that was killed, or give it a larger budget
-    objective: Callable[[dict, int, int], Iterable[float]] | None = None, # instead of training: the AUC after each epoch, from values, epochs and number of the run
-    clock: Callable[[], float] = time.monotonic, # seconds
-) -> pd.DataFrame: # the table of `trials(folder)`
-    "Look for the network with the best AUC on validation, within a budget."
-    folder = Path(folder)
-    if method not in METHODS: raise CourseError(f"there is no method {method!r}", None, f"use {', '.join(METHODS)}")
-    if min(trials, epochs, executions) < 1 or not (minutes is None or minutes > 0): raise CourseError("the budget is empty", None, "give at least one trial, one epoch, one execution, and more than no time")
-    stores = [] if objective is not None else _stores(store, folds, seed, unknown)
-    plan = dict(method=method, space=asdict(space), epochs=epochs, executions=executions, folds=folds, seed=seed, batch=batch, patience=patience, films=_print(stores),
-                labels=classes(stores[0].frame) if stores and "label" in stores[0].frame else None, unknown=unknown, initial=max(3, trials // 3), alpha=.05)
-    if resume and (folder / "plan.json").exists(): plan["initial"] = _read(folder / "plan.json")["initial"]
-    alone = _run(folder, plan, stores, space, trials, minutes, resume, objective, clock)
-    return _finished(folder, bool(stores) and alone)
-
-# %% ../nbs/16_tuning.ipynb #b1807704
-def _run(folder: Path, plan: dict, stores: list, space: Space, trials: int, minutes: float | None, resume: bool, objective, clock) -> bool:
-    "Search; False in a worker, which leaves the last words to the chief."
-    _keras_tuner()
-    _open(folder, plan, stores, resume)
-    bench = _Bench(folder, stores, plan, space, objective, clock)
-    budget = _Budget(folder, plan, bench.runs, trials, minutes, clock)
-    tuner = _tuner(_oracle(plan, space, budget, trials), bench, lambda record: _tell(record, budget))
-    if not tuner._is_worker(): tuner.save()                                                 # a kill in the very first trial can be resumed too
-    tuner.search(verbose=0)
-    if not tuner._is_worker():
-        for file in folder.glob("trial_*/weights-*.npz"): file.unlink()
-    return not tuner._is_worker()
-
-def _finished(folder: Path, logs: bool) -> pd.DataFrame:
-    found = trials(folder)
-    if not (found["status"] == "done").any():
-        why = "; ".join(f"{n} x {r}" for r, n in found["reason"].value_counts().items())
-        raise CourseError(f"none of {len(found)} trials could be finished", folder, f"see to the cause first ({why})" if why else "give it more time")
-    if logs: log_hparams(folder)
-    return found
-
-# %% ../nbs/16_tuning.ipynb #28726b2a
-def _tell(record: dict, budget: _Budget) -> None:
-    "A line a trial, with the time left."
-    if os.environ.get("CXR_COURSE_QUIET"): return
-    v = record["values"]
-    net = "/".join(str(v[k]) for k in sorted(k for k in v if k.startswith("filters")))
-    best = max((r["score"] for r in budget.read() if r["score"] is not None), default=float("nan"))
-    how = f"val AUC {record['score']:.3f}, best {best:.3f}" if record["status"] == "done" else f"failed: {record['reason']}"
-    again = f" (trial {record['of']} continued)" if record["of"] is not None else ""
-    print(f"trial {record['trial']}{again}: filters {net}, kernel {v['kernel']}, dense {v['dense']}, lr {v['lr']:.1e}: {how}; {record['epochs']} epochs, {record['seconds']:.0f} s; {_clock(budget.left())} left at most", flush=True)
-
-def _clock(seconds: float) -> str:
-    if not np.isfinite(seconds): return "?"
-    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+def _row(file: Path, epochs: int) -> dict:
+    "What keras-tuner wrote down about one trial."
+    state, time_file = _read(file), file.with_name("time.json")
+    values = state["hyperparameters"]["values"]
+    told = {k: m["observations"][-1]["value"][-1] for k, m in state["metrics"]["metrics"].items() if m["observations"]}
+    status = {"COMPLETED": "done", "RUNNING": "killed"}.get(state["status"], "failed")
+    parent = values.get("tuner/trial_id")
+    return dict(trial=int(state["trial_id"]), **{k: v for k, v in values.items() if not k.startswith("tuner/")},
+                score=state["score"] if status == "done" else np.nan, spread=told.get("spread", np.nan),
+                runs=int(told.get("runs", 0)), epochs=int(told.get("epochs", 0)),
+                seconds=_read(time_file)["seconds"] if time_file.exists() else 0.,
+                status=status, reason=_reason(state["message"] or ""), asked=int(values.get("tuner/epochs", epochs)),
+                of=pd.NA if parent is None else int(parent))
 
 # %% ../nbs/16_tuning.ipynb #a57f0c75
 def trials(
     folder: str | Path, # of a search
-) -> pd.DataFrame: # one row a trial: trial, the parameters, score, spread (standard deviation over runs), runs, epochs (in all runs), seconds, status, reason, asked, of
+) -> pd.DataFrame: # one row a trial: trial, the hyperparameters, score, spread (standard deviation over runs), runs, epochs (of all runs), seconds, status, reason, asked, of
     "The table of a search, read from its folder."
     folder = Path(folder)
-    if not (folder / "plan.json").exists(): raise CourseError("no search was run here", folder, "give the folder that `search` filled")
-    records = sorted((_read(f) for f in folder.glob("trial_*/record.json")), key=lambda r: r["trial"])
-    plan = _read(folder / "plan.json")
-    named = [*(f"filters{i}" for i in range(1, 1 + len(plan["space"]["filters"]))), "kernel", "dense", "lr"]
-    rows = [dict(trial=r["trial"], **{k: r["values"].get(k) for k in named}, score=np.nan if r["score"] is None else r["score"], spread=np.std(r["scores"], ddof=1) if len(r["scores"]) > 1 else np.nan,
-                 runs=len(r["scores"]), epochs=r["epochs"], seconds=r["seconds"], status="killed" if r["status"] == "running" else r["status"], reason=r["reason"], asked=r["asked"], of=r["of"]) for r in records]
-    return pd.DataFrame(rows, columns=["trial", *named, "score", "spread", "runs", "epochs", "seconds", "status", "reason", "asked", "of"]).astype({"of": "Int64"})
-
-# %% ../nbs/16_tuning.ipynb #852dfd69
-def histories(
-    folder: str | Path, # of a search
-) -> pd.DataFrame: # one row an epoch: trial, run, epoch, auc, val_loss
-    "How every run of every trial went, epoch by epoch."
-    rows = [dict(trial=r["trial"], run=i, **h) for f in Path(folder).glob("trial_*/record.json") for r in [_read(f)] for i, history in enumerate(r["histories"]) for h in history]
-    return pd.DataFrame(rows).sort_values(["trial", "run", "epoch"], ignore_index=True)
+    if not (folder / "plan.json").exists():
+        raise CourseError("no search was run here", folder, "give the folder that `search` filled")
+    epochs = _read(folder / "plan.json")["epochs"]
+    rows = [_row(file, epochs) for file in folder.glob("trial_*/trial.json")]
+    last = ["score", "spread", "runs", "epochs", "seconds", "status", "reason", "asked", "of"]
+    found = pd.DataFrame(rows, columns=None if rows else ["trial", *last])
+    return found.sort_values("trial", ignore_index=True).astype({"of": "Int64", "score": float, "seconds": float})
 
 # %% ../nbs/16_tuning.ipynb #d818f668
 def best(
@@ -414,227 +435,28 @@ def best(
 ) -> pd.Series: # its row with the highest score
     "The winner of a search."
     done = found[found["status"] == "done"]
-    if done.empty: raise CourseError("no trial was finished", None, "look at the column `reason`")
+    if done.empty:
+        raise CourseError("no trial was finished", None, "look at the column `reason`")
     return done.loc[done["score"].idxmax()]
 
-# %% ../nbs/16_tuning.ipynb #5984c39c
-def _named(found: pd.DataFrame) -> list[str]: return [c for c in found if c.startswith("filters")] + ["kernel", "dense", "lr"]
-
-def _done(found: pd.DataFrame) -> pd.DataFrame: return found[found["status"] == "done"].reset_index(drop=True)
-
-def _numbers(found: pd.DataFrame) -> np.ndarray:
-    "Parameters as (n, k) numbers, the step size by its logarithm."
-    return found[_named(found)].assign(lr=np.log10(found["lr"].astype(float))).to_numpy(float)
-
-# %% ../nbs/16_tuning.ipynb #e6655894
-def log_hparams(
-    folder: str | Path, # of a search
-) -> Path: # the folder for TensorBoard
-    "Write a search down for TensorBoard's page of hyperparameters."
-    import tensorflow as tf
-    from tensorboard.plugins.hparams import api
-    found, steps = _done(trials(folder)), histories(folder).groupby(["trial", "epoch"])["auc"].mean()
-    with atomic(Path(folder, "logs")) as part:
-        for row in found.to_dict("records"):
-            writer = tf.summary.create_file_writer(str(part / f"trial_{row['trial']}"))
-            with writer.as_default():
-                api.hparams({k: row[k] for k in _named(found)}, trial_id=f"trial {row['trial']}")
-                for epoch, auc in steps.loc[row["trial"]].items(): tf.summary.scalar("val_auc", auc, step=epoch)
-                tf.summary.scalar("score", row["score"], step=0)
-            writer.close()
-    return Path(folder, "logs")
-
-# %% ../nbs/16_tuning.ipynb #c0c5913e
-def logged(
-    logs: str | Path, # a folder that `log_hparams` wrote
-) -> pd.DataFrame: # one row a trial: the hyperparameters and the score, as TensorBoard will find them
-    "Read hyperparameters and scores back from TensorBoard's event files."
-    import tensorflow as tf
-    from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
-    from tensorboard.plugins.hparams import plugin_data_pb2
-    rows = []
-    for file in sorted(Path(logs).glob("trial_*/events*")):
-        row = dict(trial=int(file.parent.name[6:]))
-        for value in (v for event in EventFileLoader(str(file)).Load() for v in event.summary.value):
-            if value.metadata.plugin_data.plugin_name == "hparams":
-                told = plugin_data_pb2.HParamsPluginData.FromString(value.metadata.plugin_data.content).session_start_info.hparams
-                row |= {k: v.number_value if k == "lr" else int(v.number_value) for k, v in told.items()}
-            elif value.tag == "score": row["score"] = float(tf.make_ndarray(value.tensor))
-        rows.append(row)
-    return pd.DataFrame(rows).sort_values("trial", ignore_index=True)
-
-# %% ../nbs/16_tuning.ipynb #ea1e59d3
-def best_so_far(
-    found: pd.DataFrame, # a table of trials
-    worth: Callable[[dict], float] | None = None, # what a choice of values is really worth, where that is known
-) -> pd.DataFrame: # one row a trial: epochs (spent until then, a run), score (best so far), worth (of the trial that holds it)
-    "What a search had in hand, and at what cost."
-    score = found["score"].fillna(-np.inf)
-    holder = score.expanding().apply(np.argmax, raw=True).astype(int).to_numpy()
-    rows = pd.DataFrame(dict(epochs=(found["epochs"] / found["runs"].clip(lower=1)).cumsum(), score=score.cummax().replace(-np.inf, np.nan)))
-    if worth is None: return rows
-    known = {i: worth(found.iloc[i][_named(found)].to_dict()) for i in set(holder)}
-    return rows.assign(worth=[known[i] for i in holder])
-
-# %% ../nbs/16_tuning.ipynb #4640d3ae
-def plot_best_so_far(
-    curves: dict[str, list[pd.DataFrame]], # method -> one table of `best_so_far` a repeat
-    column: str = "score", # what to draw
-    ax=None, # matplotlib axes to draw in
-): # the axes
-    "Best so far against epochs spent: the median of the repeats, and the middle 80 % of them."
-    import matplotlib.pyplot as plt
-    ax = ax or plt.subplots(figsize=(6, 3.4), layout="constrained")[1]
-    end = max(c["epochs"].max() for cs in curves.values() for c in cs)
-    grid = np.linspace(0, end, 200)
-    for colour, (name, several) in zip(PALETTE, curves.items()):
-        steps = np.array([np.r_[np.nan, c[column]][np.searchsorted(c["epochs"], grid, side="right")] for c in several])
-        steps = steps[:, ~np.isnan(steps).any(axis=0)]
-        x = grid[-steps.shape[1]:]
-        low, middle, high = np.quantile(steps, [.1, .5, .9], axis=0)
-        ax.step(x, middle, where="post", color=colour, label=name, lw=1.8)
-        if len(several) > 1: ax.fill_between(x, low, high, step="post", color=colour, alpha=.18, lw=0)
-    ax.set(xlabel="epochs spent", ylabel="AUC of the best so far", xlim=(0, end))
-    ax.legend(frameon=False, loc="lower right")
-    return ax
-
-# %% ../nbs/16_tuning.ipynb #db907b1d
-class StandIn:
-    "A quick imitation of training: it has seen the learning curves of a search and guesses those of other networks."
-    def __init__(self,
-        folder: str | Path, # a search whose trials were really trained
-        noise: float = 0., # standard deviation of one network over seeds, to be added as luck
-        seed: int = 0, # of the forest
-    ):
-        from sklearn.ensemble import ExtraTreesRegressor
-        found, self.names = _done(trials(folder)), _named(trials(folder))
-        self.epochs, x = int(found["asked"].max()), _numbers(found)
-        curves = histories(folder).groupby(["trial", "epoch"])[["auc", "val_loss"]].mean()
-        self.curves = np.stack([self._reached(curves.loc[t]) for t in found["trial"]])                      # (trials, epochs)
-        self.noise = noise
-        self.forest = ExtraTreesRegressor(60, min_samples_leaf=2, random_state=_seed(seed, "forest"))
-        self.checked = float("nan") if len(x) < 10 else self._check(x)
-        self.forest.fit(x, self.curves)
-
-    def _reached(self, curve: pd.DataFrame) -> np.ndarray:
-        "The AUC that counts after each epoch; a training that stopped early stays where it was."
-        kept = [curve["auc"].iloc[training.best_epoch(curve["val_loss"].iloc[:e])] for e in range(1, len(curve) + 1)]
-        return np.r_[kept, np.full(self.epochs - len(kept), kept[-1])]
-
-    def _check(self, x: np.ndarray) -> float:
-        "Rank correlation of guess and truth for networks that it has not seen."
-        from scipy.stats import spearmanr
-        from sklearn.model_selection import cross_val_predict
-        return float(spearmanr(cross_val_predict(self.forest, x, self.curves, cv=5)[:, -1], self.curves[:, -1]).statistic)
-
-    def curve(self, values: dict) -> np.ndarray:
-        "The learning curve (epochs,) that it expects, without luck."
-        return self.forest.predict(_numbers(pd.DataFrame([values])))[0]
-
-    def worth(self, values: dict) -> float: return float(self.curve(values)[-1])
-
-    def objective(self, luck: int) -> Callable:
-        "An objective for `search`: the expected curve, and the luck of one training on top."
-        def trained(values, epochs, run): return self.curve(values)[:epochs] + self.noise * rng(luck, repr(sorted(values.items())), run).normal()
-        return trained
-
-# %% ../nbs/16_tuning.ipynb #4342d0aa
-def importance(
-    found: pd.DataFrame, # a table of trials
-    draws: int = 20, # times that the trials are drawn anew
-    seed: int = 0, # same seed, same answer
-) -> pd.DataFrame: # one row a parameter, and a die that has no part in it: share of the variation, low, high
-    "How much of the variation between trials each parameter explains by itself, with the middle 90 % over redrawn trials."
-    from sklearn.ensemble import RandomForestRegressor
-    full = _done(found)
-    full = full[full["asked"] == full["asked"].max()]
-    if len(full) < 3: raise CourseError(f"{len(full)} trials of full length cannot tell which parameter mattered", None, "search longer")
-    x, y, shares = _numbers(full), full["score"].to_numpy(float), []
-    for i in range(draws):
-        draw = rng(seed, "importance", i)
-        some = draw.integers(len(x), size=len(x))
-        diced = np.c_[x, draw.uniform(size=len(x))]
-        forest = RandomForestRegressor(60, min_samples_leaf=2, random_state=_seed(seed, "forest", i)).fit(diced[some], y[some])
-        shares.append(_main_effects(forest, diced, draw))
-    low, middle, high = np.nanquantile(shares, [.05, .5, .95], axis=0)
-    return pd.DataFrame(dict(parameter=[*_named(full), "a die"], share=middle, low=low, high=high))
-
-# %% ../nbs/16_tuning.ipynb #d7e525ca
-def _main_effects(forest, x: np.ndarray, draw: np.random.Generator, points: int = 200) -> np.ndarray:
-    "Variance of the forest's mean answer along each column, as a share of the variance of its answers."
-    base = np.stack([draw.choice(c, points) for c in x.T], axis=1)
-    total = forest.predict(base).var()
-    def along(j):
-        levels = np.unique(np.quantile(x[:, j], np.linspace(0, 1, 7)))
-        many = np.repeat(base[None], len(levels), axis=0)
-        many[:, :, j] = levels[:, None]
-        return forest.predict(many.reshape(-1, x.shape[1])).reshape(len(levels), points).mean(axis=1).var()
-    return np.minimum([along(j) / total for j in range(x.shape[1])], 1) if total > 0 else np.zeros(x.shape[1])
-
-# %% ../nbs/16_tuning.ipynb #39a8b75d
-def plot_importance(
-    shares: pd.DataFrame, # from `importance`
-): # a matplotlib Figure
-    "Bars of importance; the die shows how long a bar is that means nothing."
-    import matplotlib.pyplot as plt
-    rows = shares.iloc[::-1]
-    fig, ax = plt.subplots(figsize=(5.5, .32 * len(rows) + .7), layout="constrained")
-    ax.barh(rows["parameter"], rows["share"], color=[PALETTE[7] if p == "a die" else PALETTE[0] for p in rows["parameter"]], alpha=.8)
-    ax.hlines(rows["parameter"], rows["low"], rows["high"], color="black", lw=1.2)
-    ax.set(xlabel="share of the variation between trials", xlim=(0, None))
-    plt.close(fig)
-    return fig
-
-# %% ../nbs/16_tuning.ipynb #db500177
-def plot_parallel(
-    found: pd.DataFrame, # a table of trials
-): # a matplotlib Figure
-    "One line a trial across all parameters, to its score."
-    import matplotlib.pyplot as plt
-    done = _done(found).sort_values("score")
-    names = [*_named(done), "score"]
-    v = np.c_[_numbers(done), done["score"]]
-    low, high = v.min(axis=0), v.max(axis=0)
-    unit = (v - low) / np.where(high > low, high - low, 1)
-    fig, ax = plt.subplots(figsize=(8.5, 3.2), layout="constrained")
-    colours = plt.get_cmap("cividis_r")(.15 + .85 * unit[:, -1])
-    for i, (line, colour) in enumerate(zip(unit, colours)): ax.plot(line, color=colour, lw=2.5 if i == len(unit) - 1 else 1, alpha=.9)
-    show = lambda name, x: f"{10 ** x:.1g}" if name == "lr" else f"{x:.3f}" if name == "score" else f"{x:.0f}"
-    for j, name in enumerate(names):
-        ax.axvline(j, color=".75", lw=.8, zorder=0)
-        ax.text(j, -.04, show(name, low[j]), ha="center", va="top", fontsize=8)
-        ax.text(j, 1.04, show(name, high[j]), ha="center", va="bottom", fontsize=8)
-    ax.set(ylim=(-.14, 1.14), yticks=[], xlim=(-.3, len(names) - .7))
-    ax.set_xticks(range(len(names)), ["AUC" if n == "score" else n for n in names])
-    for side in ax.spines.values(): side.set_visible(False)
-    plt.close(fig)
-    return fig
-
 # %% ../nbs/16_tuning.ipynb #f16b6acd
-def judged(
+def trial_predictions(
     folder: str | Path, # of a search
-) -> tuple[pd.DataFrame, list[int], np.ndarray]: # the films, numbers of the trials, (trials, films, classes) probabilities
-    "What every finished trial said about every validation film."
+) -> tuple[pd.DataFrame, list[int], np.ndarray]: # the images, numbers of the trials, (trials, images, names) probabilities
+    "What every finished trial said of every validation image; the mean over executions."
     folder = Path(folder)
-    plan, done = _read(folder / "plan.json"), _done(trials(folder))["trial"].tolist()
-    if not (folder / "films.csv").exists(): raise CourseError("this search trained nothing, so nothing was said about films", folder, "search with a store")
-    films = core.frame(pd.read_csv(folder / "films.csv", dtype={c: str for c in ("path", "patient", "split", "source", "view", "study", "label")}), labels=plan["labels"])
-    places = {r["trial"]: f.parent for f in folder.glob("trial_*/record.json") for r in [_read(f)]}
-    def said(t):
-        runs = [np.load(places[t] / f"val-{i}.npy") for i in range(plan["executions"] * (plan["folds"] or 1))]
-        return np.concatenate([np.mean(runs[i:i + plan["executions"]], axis=0) for i in range(0, len(runs), plan["executions"])])
-    return films, done, np.stack([said(t) for t in done])
-
-# %% ../nbs/16_tuning.ipynb #63315ae7
-def expected_best(
-    n: int, # how many scores there are
-    spread: float = 1., # their standard deviation
-) -> float: # how far the best of them lies above their common mean, on average
-    "What the best of n equally good networks owes to luck, if scores scatter like a bell curve."
-    from scipy.integrate import quad
-    from scipy.stats import norm
-    above, below = quad(lambda x: 1 - norm.cdf(x) ** n, 0, 10)[0], quad(lambda x: norm.cdf(x) ** n, -10, 0)[0]
-    return spread * (above - below)
+    plan, found = _read(folder / "plan.json"), trials(folder)
+    if not (folder / "images.csv").exists():
+        raise CourseError("this search trained nothing, so nothing was said of images", folder, "search with a store")
+    text = {c: str for c in ("path", "patient", "group", "split", "source", "view", "study", "label")}
+    said = "labels" if plan["task"]["kind"] == "classes" else "findings"
+    images = core.frame(pd.read_csv(folder / "images.csv", dtype=text), **{said: plan["task"]["names"]})
+    done = set(found.loc[found["status"] == "done", "trial"])
+    places = {int(f.name[6:]): f for f in folder.glob("trial_*") if int(f.name[6:]) in done}
+    folds, times = plan["folds"] or 1, plan["executions"]
+    p = {t: [np.load(place / f"val-{i}.npy") for i in range(folds * times)] for t, place in sorted(places.items())}
+    mean = lambda runs: np.concatenate([np.mean(runs[i:i + times], axis=0) for i in range(0, folds * times, times)])
+    return images, list(p), np.stack([mean(runs) for runs in p.values()])
 
 # %% ../nbs/16_tuning.ipynb #59cea2d3
 def halves(
@@ -643,48 +465,43 @@ def halves(
     seed: int = 0, # same seed, same halves
 ) -> pd.DataFrame: # one row a halving: winner, chosen_on (its AUC on the half that chose it), fresh (on the other), all_ (mean of all trials on the half that chose)
     "Let one half of the validation patients choose the winner, and see how it does on the other half."
-    films, ids, p = judged(folder)
-    codes, rows = pd.factorize(patients(films, _read(Path(folder, "plan.json"))["unknown"]))[0], []
-    asked = [evaluation.questions(films.assign(**{f"p_{c}": said[:, i] for i, c in enumerate(classes(films))})) for said in p]
-    truth = {q: asked[0][q][0] for q in asked[0]}
-    score = {q: np.stack([a[q][1] for a in asked]) for q in truth}
-    mean_auc = lambda part: np.nanmean([_aucs(y[part], score[q][:, part]) for q, y in truth.items()], axis=0)
+    images, ids, p = trial_predictions(folder)
+    task, codes, rows = Task.of(images), pd.factorize(groups(images))[0], []
+    truth = task.indicators(images).to_numpy()
     for t in range(times):
         order = rng(seed, "halves", t).permutation(codes.max() + 1)
         here = np.isin(codes, order[:len(order) // 2])
-        one, other = mean_auc(here), mean_auc(~here)
-        if np.isnan(one).any() or np.isnan(other).any(): continue
-        rows.append(dict(winner=ids[int(one.argmax())], chosen_on=one.max(), fresh=other[one.argmax()], all_=one.mean()))
+        one, other = (np.array([_mean_auc(task, truth[part], q[part]) for q in p]) for part in (here, ~here))
+        if np.isnan(one).any() or np.isnan(other).any():
+            continue
+        won = int(one.argmax())
+        rows.append(dict(winner=ids[won], chosen_on=one[won], fresh=other[won], all_=one.mean()))
     return pd.DataFrame(rows, columns=["winner", "chosen_on", "fresh", "all_"])
-
-# %% ../nbs/16_tuning.ipynb #18054386
-def _aucs(y: np.ndarray, s: np.ndarray) -> np.ndarray:
-    "The AUC of each row of scores (trials, films)."
-    from scipy.stats import rankdata
-    y, s = y[~np.isnan(y)], s[:, ~np.isnan(y)]
-    m, n = int((y == 1).sum()), int((y == 0).sum())
-    if not m or not n: return np.full(len(s), np.nan)
-    return (rankdata(s, axis=1)[:, y == 1].sum(axis=1) - m * (m + 1) / 2) / (m * n)
 
 # %% ../nbs/16_tuning.ipynb #0884ae44
 def caution(
     folder: str | Path, # of a search that trained
 ) -> str:
     "What must be said beside the winner's figure."
-    found, luck = _done(trials(folder)), halves(folder)
-    text = f"Trial {best(found)['trial']} has the best validation AUC of {len(found)} trials, {best(found)['score']:.3f}. The best of several looks better than it is"
-    if len(luck) >= 20 and len(found) > 1: text += f": when half of the validation patients chose, their winner had {luck['chosen_on'].mean():.3f} with them and {luck['fresh'].mean():.3f} with the others"
+    found, luck = trials(folder), halves(folder)
+    won, n = best(found), int((found["status"] == "done").sum())
+    text = (f"Trial {won['trial']} has the best validation AUC of {n} trials, {won['score']:.3f}. "
+            "The best of several looks better than it is")
+    if len(luck) >= 20 and n > 1:
+        text += (": when half of the validation patients chose, their winner had "
+                 f"{luck['chosen_on'].mean():.3f} with them and {luck['fresh'].mean():.3f} with the others")
     return text + ". What it is worth only patients can say who had no part in the choice."
 
 # %% ../nbs/16_tuning.ipynb #2ce4db05
 def retrain(
     folder: str | Path, # of a search
-    store, # the same films, with the test films this time
+    store, # the same images, with the test images this time
     run: str | Path, # the run folder to make
     seed: int = 1, # of the first weights and the order: one that the search has not used
     **options, # for `training.fit`; default: batch, epochs and patience of the search
-): # the finished `training.Run`, judged on the test films
+): # the finished `training.Run`, judged on the test images
     "Train the winner of a search once more, as an ordinary run."
     plan, row = _read(Path(folder, "plan.json")), best(trials(folder))
-    model = cnn.build(spec_of(row), (*store.shape, 1), training._outputs(store.frame), seed)
-    return training.fit(model, store, run=run, seed=seed, name="tuned", lr=float(row["lr"]), **({k: plan[k] for k in ("batch", "epochs", "patience", "unknown")} | options))
+    model = cnn.build(spec_of(row), (*store.shape, 1), Task.of(store.frame).outputs, seed)
+    options = {k: plan[k] for k in ("batch", "epochs", "patience")} | options
+    return training.fit(model, store, run=run, seed=seed, name="tuned", lr=float(row["lr"]), **options)

@@ -1,10 +1,12 @@
 """Networks: the published counts, the contract, and what must be refused."""
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 keras = pytest.importorskip("keras")
 
-from cxr_course import cnn
+from cxr_course import cnn, mlp
 from cxr_course.core import CourseError
 
 array = keras.ops.convert_to_numpy
@@ -38,6 +40,44 @@ def test_a_saved_model_is_the_same_model(name, tmp_path):
     again = keras.saving.load_model(tmp_path / "model.keras")
     x = np.random.default_rng(0).uniform(size=(2, 64, 64, 1)).astype("float32")
     assert array(again(x) == model(x)).all() and array(cnn.head(again)(cnn.features(again)(x)) == model(x)).all()
+    assert cnn.describe(again) == cnn.SPECS[name] and not hasattr(model, "spec")
+
+
+KERNELS = cnn.Spec((8, 16, 12), (10, 6), kernel=(3, 5, 5), dropout=.2)
+OTHERS = [KERNELS, cnn.Spec((8, 16), (), kernel=5, padding="same", stride=2, pool_every=2, head="gap", separable=True,
+                            norm=True, l2=.01, init="he_normal", rescale=None), cnn.Spec((4,), last_pool=False)]
+
+
+@pytest.mark.parametrize("spec", OTHERS)
+def test_a_description_of_ones_own_is_built_counted_and_read_back(spec, tmp_path):
+    model = cnn.build(spec, (64, 48, 1), 3)
+    assert model.count_params() == cnn.arithmetic(spec, (64, 48, 1), 3)["parameters"].sum()
+    model.save(tmp_path / "model.keras")
+    found = cnn.describe(keras.saving.load_model(tmp_path / "model.keras"))
+    assert found.kernels == spec.kernels and (found == spec or found == replace(spec, pool_every=2))
+
+
+def test_a_model_that_was_changed_or_made_elsewhere_has_no_description():
+    model = cnn.build("smallnet", (64, 64, 1))
+    mlp_model = mlp.build("mlp_d2", (12, 10, 1))
+    assert cnn.describe(mlp_model) == mlp.SPECS["mlp_d2"]
+    cnn.features(model).get_layer("conv2").strides = (2, 2)
+    assert cnn.describe(model) is None
+    assert cnn.describe(keras.Sequential([keras.Input((3,)), keras.layers.Dense(1)])) is None
+
+
+def test_a_kernel_for_each_convolution():
+    assert [layer.kernel_size for layer in cnn.features(cnn.build(KERNELS, (64, 64, 1))).layers
+            if layer.name.startswith("conv")] == [(3, 3), (5, 5), (5, 5)]
+    assert cnn.receptive_field(KERNELS) == (1 + 2 + 1 + 4 * 2 + 2 + 4 * 4, 4)
+    with pytest.raises(CourseError, match="2 kernels for 3"):
+        cnn.build(replace(KERNELS, kernel=(3, 5)), (64, 64, 1))
+
+
+def test_activations_are_asked_for_as_keras_wants_it(recwarn):
+    maps = cnn.activations(cnn.build("smallnet", (64, 64, 1)), np.zeros((64, 64)))
+    assert list(maps) == ["rescale", "conv1", "pool1", "conv2", "pool2", "conv3"]
+    assert not [w for w in recwarn if "structure of `inputs`" in str(w.message)]
 
 
 @pytest.mark.parametrize("padding, kernel, stride", [("valid", 3, 1), ("valid", 3, 2), ("valid", 5, 3), ("same", 3, 1), ("same", 5, 1)])

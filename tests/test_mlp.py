@@ -6,7 +6,7 @@ import pytest
 
 keras = pytest.importorskip("keras")
 
-from cxr_course import core, mlp
+from cxr_course import cnn, core, mlp
 from cxr_course.core import CourseError
 
 array = keras.ops.convert_to_numpy
@@ -18,7 +18,8 @@ def films(n=8, shape=(12, 10, 1)): return core.rng("mlp tests").random((n, *shap
 
 @pytest.mark.parametrize("name, shape, outputs, count", PUBLISHED)
 def test_published_counts_by_formula(name, shape, outputs, count):
-    assert mlp.arithmetic(name, shape, outputs)["parameters"].sum() == count
+    units = (*mlp.SPECS[name].dense, outputs)
+    assert mlp.dense_table(units, int(np.prod(shape)))["parameters"].sum() == count
 
 
 def test_published_counts_by_keras():
@@ -35,10 +36,11 @@ def test_a_layer(units, inputs, count): assert mlp.dense_params(units, inputs) =
 def test_every_named_network_keeps_the_contract(name, outputs):
     model, x = mlp.build(name, (12, 10, 1), outputs, seed=1), films()
     parts = {layer.name: layer for layer in model.layers}
-    assert list(parts) == ["features", "head"] and model.name == name and model.spec == mlp.SPECS[name]
+    assert list(parts) == ["features", "head"] and model.name == name and mlp.read_spec(model) == mlp.SPECS[name]
     assert np.array_equal(array(parts["head"](parts["features"](x))), array(model(x))) and model(x).shape == (8, outputs)
     assert parts["features"].output_shape == (None, 12, 10, 1)
-    assert model.count_params() == mlp.arithmetic(name, (12, 10, 1), outputs)["parameters"].sum()
+    table = mlp.dense_table((*mlp.SPECS[name].dense, outputs), 120)
+    assert model.count_params() == table["parameters"].sum() and table["layer"].iloc[-1] == "logits"
 
 
 def test_logits_are_what_a_pencil_computes():
@@ -58,9 +60,12 @@ def test_same_seed_same_weights_whatever_came_before():
 
 
 def test_a_saved_network_is_the_same_network(tmp_path):
-    model = mlp.build(mlp.Spec((7, 3), dropout=.2), (12, 10, 1))
+    spec = mlp.Spec((7, 3), "sigmoid", rescale=(4., -2.), dropout=.2)
+    model = mlp.build(spec, (12, 10, 1))
     model.save(tmp_path / "model.keras")
-    assert np.array_equal(array(keras.saving.load_model(tmp_path / "model.keras")(films())), array(model(films())))
+    again = keras.saving.load_model(tmp_path / "model.keras")
+    assert np.array_equal(array(again(films())), array(model(films())))
+    assert mlp.read_spec(again) == spec and not hasattr(model, "spec")
     assert [layer.name for layer in model.get_layer("head").layers] == ["flatten", "dense1", "drop1", "dense2", "drop2", "logits"]
 
 
@@ -82,7 +87,8 @@ def test_gradients_are_keras_own_and_die_with_saturation():
 
 def test_unknown_names_are_refused():
     with pytest.raises(CourseError, match="choose one of mlp, mlp_d1"): mlp.build("smallnet")
-    assert mlp.lookup(mlp.Spec((3,)))[0] == "custom" and mlp.lookup("mlp")[1] == mlp.Spec((128,))
+    assert mlp.find_spec(mlp.Spec((3,)))[0] == "custom" and mlp.find_spec("mlp")[1] == mlp.Spec((128,))
+    assert mlp.read_spec(keras.Sequential([keras.Input((3,)), keras.layers.Dense(1)])) is None
 
 
 def test_the_course_trains_one(tmp_path):
@@ -96,4 +102,4 @@ def test_the_course_trains_one(tmp_path):
         rows.append(dict(path=str(tmp_path / f"{i}.png"), patient=f"p{i}", split=("train", "train", "val")[i // 2 % 3], label=("NORMAL", "PNEUMONIA")[i % 2]))
     store = pipelines.build(core.frame(rows, ["NORMAL", "PNEUMONIA"]), (12, 10), tmp_path / "store")
     run = training.fit(mlp.build("mlp", (12, 10, 1)), store, run=tmp_path / "run", epochs=2)
-    assert run.card["model"]["name"] == "mlp" and run.card["model"]["spec"]["dense"] == [128]
+    assert run.card["model"]["name"] == "mlp" and cnn.describe(run.model) == mlp.SPECS["mlp"]
