@@ -811,18 +811,18 @@ def _refuse_search(out: Path) -> None:
 
 def _tell_search(found, out: Path) -> None:
     "The best trials, what mattered, and what the winner's AUC is worth; the same as files."
-    from cxr_course import core, tuning
+    from cxr_course import core, tuning, tuning_plots
     with core.atomic(out / "trials.csv") as part:
         found.to_csv(part, index=False)
     shown = found.sort_values("score", ascending=False).drop(columns=["runs", "asked", "of"]).head(10)
     shown = shown.assign(lr=shown["lr"].map("{:.1e}".format))
     typer.echo("\n" + repr(core.table(shown, f"the best of {len(found)} trials", index=False)))
-    plots = {"parallel": tuning.plot_parallel(found)}
+    plots = {"parallel": tuning_plots.plot_parallel(found)}
     if (found[found["status"] == "done"]["asked"] == found["asked"].max()).sum() >= 3:
-        shares = tuning.importance(found)
+        shares = tuning_plots.importance(found)
         caption = "share of the variation between trials; what is no longer than the die's says nothing"
         typer.echo("\n" + repr(core.table(shares, caption, digits=2)))
-        plots["importance"] = tuning.plot_importance(shares)
+        plots["importance"] = tuning_plots.plot_importance(shares)
     for name, plot in plots.items():
         with core.atomic(out / f"{name}.png") as part:
             plot.savefig(part, dpi=120, format="png")
@@ -832,11 +832,11 @@ def _tell_search(found, out: Path) -> None:
 # %% ../nbs/24_cli.ipynb #60fe7ac1
 def _train_winner(store, out: Path, seed: int, epochs: int, batch: int) -> None:
     "The winner as an ordinary run under OUT/best, unless it is there."
-    from cxr_course import job, training, tuning
+    from cxr_course import cnn, job, training, tuning
     run, row = out / "best", tuning.best(tuning.trials(out))
     won = tuning.spec_of(row)
     if run.exists():
-        same = training.load_run(run).card["model"]["spec"]["conv"] == list(won.conv)
+        same = cnn.describe(training.load_run(run).model).conv == won.conv
         other = "it was trained from an earlier winner: rename it and repeat the command for the present one"
         typer.echo(f"\n{run} is there already and stays as it is" + ("" if same else f"; {other}"))
         return
