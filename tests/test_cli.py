@@ -356,7 +356,7 @@ def test_data_decode(place):
     out, _ = cxr("data", "decode", "films", "--size", 16, "--shard", "0/2", cwd=place)
     assert "shard 0/2 is done" in out
     out, _ = cxr("data", "decode", "films", "--size", 16, cwd=place)
-    assert "films are in" in out
+    assert "images are in" in out
     _, err = cxr("data", "decode", "films", "--shard", "first", cwd=place, code=2)
     assert "not a shard" in err
 
