@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import errno
 import os
-import shutil
 import sys
 from enum import Enum
 from pathlib import Path
@@ -17,86 +16,153 @@ import typer
 from typer.core import TyperGroup
 
 # %% auto #0
-__all__ = ['app', 'data_app', 'NAME', 'CLASSES', 'RUN', 'data_list', 'data_show', 'data_check', 'data_explore', 'data_augment',
-           'data_decode', 'Layout', 'data_phantom', 'arrange', 'Unknown', 'Recipe', 'Loss', 'Fallback', 'train',
-           'evaluate', 'predict', 'Map', 'explain', 'shift', 'experiments', 'record', 'Method', 'Room', 'tune',
-           'launch']
+__all__ = ['app', 'NAMES', 'Name', 'Data', 'Classes', 'Columns', 'Findings', 'SkipBad', 'Seed', 'Strangers', 'Resplit',
+           'data_app', 'Run', 'Unknown', 'data_list', 'data_show', 'data_check', 'data_explore', 'data_augment',
+           'data_decode', 'Layout', 'data_phantom', 'Recipe', 'Loss', 'Fallback', 'Duplicates', 'train', 'evaluate',
+           'predict', 'Map', 'explain', 'shift', 'experiments', 'record', 'Method', 'Room', 'tune', 'launch']
 
 # %% ../nbs/24_cli.ipynb #31c563f9
-_AS_TYPED = {"skip_bad=True": "--skip-bad", "resume=True": "--resume", "unknown='picture'": "--unknown picture", "`check(frame)`": "'cxr-course data check'",
-             "`split` or `hold_out`, which keep a patient's films together": "--resplit, which keeps a patient's films together"}   # remedies in the language of the terminal
-
 class _Commands(TyperGroup):
     "Commands whose foreseen errors are told in words, with an exit code."
-    def list_commands(self, ctx): return sorted(super().list_commands(ctx), key=lambda name: name != "data")   # first things first
+    def list_commands(self, ctx):
+        return sorted(super().list_commands(ctx), key=lambda name: name != "data")   # first things first
 
     def invoke(self, ctx):
-        try: return super().invoke(ctx)
-        except KeyboardInterrupt: problem, code = "stopped by Ctrl-C", 130
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            problem, code = "stopped by Ctrl-C", 130
         except (ValueError, OSError) as error:
-            from cxr_course.core import CourseError
-            full = isinstance(error, OSError) and error.errno == errno.ENOSPC
-            if ctx.params.get("debug") or not (full or isinstance(error, CourseError)): raise
-            problem, code = "the disk is full\n  What to do: free some space, or set CXR_COURSE_CACHE to a folder on a larger disk" if full else error, 2
-        for python, words in _AS_TYPED.items(): problem = str(problem).replace(python, words)
+            if (problem := _in_words(error)) is None or ctx.params.get("debug"):
+                raise
+            code = 2
         typer.echo(f"cxr-course: {problem}", err=True)
         raise typer.Exit(code)
 
+def _in_words(error: Exception) -> str | None:
+    "What to tell somebody at a terminal; None for an error that nobody foresaw."
+    from cxr_course.core import CourseError
+    if isinstance(error, CourseError):
+        where = f": {error.where}" if error.where is not None else ""
+        remedy = getattr(error, "typed", None) or error.remedy
+        return f"{error.what}{where}" + (f"\n  What to do: {remedy}" if remedy else "")
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        remedy = "free some space, or set CXR_COURSE_CACHE to a folder on a larger disk"
+        return f"the disk is full\n  What to do: {remedy}"
+    return None
+
 # %% ../nbs/24_cli.ipynb #6d303f84
 def _version(asked: bool) -> None:
-    if not asked: return
-    from cxr_course import __version__
-    typer.echo(f"cxr-course {__version__}")
-    raise typer.Exit()
+    if asked:
+        from cxr_course import __version__
+        typer.echo(f"cxr-course {__version__}")
+        raise typer.Exit()
 
 # %% ../nbs/24_cli.ipynb #def9c74d
-app = typer.Typer(cls=_Commands, rich_markup_mode=None, no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
+app = typer.Typer(cls=_Commands, rich_markup_mode=None, no_args_is_help=True, pretty_exceptions_enable=False,
+                  add_completion=False)
 
 @app.callback()
 def _program(
     debug: Annotated[bool, typer.Option("--debug", help="Show the whole traceback of an error.")] = False,
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and stop.")] = False,
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True,
+                                          help="Show the version and stop.")] = False,
 ) -> None:
     """Chest X-rays and neural networks, from a terminal. For teaching and research; never for diagnosis.
 
     \b
     Try, in this order:
       cxr-course data list                            what there is to learn from
-      cxr-course train --epochs 3 --out runs/first    train on simulated films (no download)
-      cxr-course evaluate runs/first                  how good is it, honestly?
-      cxr-course predict runs/first FILM.png          one film, one probability
-      cxr-course train --data path/to/chest_xray      the same on real films
+      cxr-course train --epochs 3 --out runs/first    train on simulated images (no download)
+      cxr-course evaluate runs/first                  how good is it, and how sure is that?
+      cxr-course predict runs/first IMAGE.png         one image, one probability
+      cxr-course train --data path/to/chest_xray      the same on real images
 
     'cxr-course COMMAND --help' explains each with examples.
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")   # TensorFlow's greetings go to nobody
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"): stream.reconfigure(errors="replace")   # a console without a sign prints '?', and does not stop
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")   # a console without a sign prints '?', and does not stop
+
+# %% ../nbs/24_cli.ipynb #80c805cb
+def _free(path: Path) -> Path:
+    "The path itself, or with the next free number behind it."
+    if not path.exists():
+        return path
+    return next(p for n in range(2, 10_000) if not (p := path.with_name(f"{path.name}-{n}")).exists())
+
+def _refuse_existing(path: Path | None) -> None:
+    if path is not None and path.exists():
+        from cxr_course.core import CourseError
+        raise CourseError("it is there already and is never overwritten", path,
+                          f"name another one, {_free(path)} for instance, or remove it yourself")
+
+def _shape(text: str) -> tuple[int, int]:
+    "'128' or '129x180' (height x width) as (h, w)."
+    parts = text.lower().split("x")
+    if len(parts) > 2 or not all(p.isdecimal() and 8 <= int(p) <= 2048 for p in parts):
+        from cxr_course.core import CourseError
+        raise CourseError("not a size", text, "one number of pixels such as 128, or HEIGHTxWIDTH such as "
+                "129x180; 8 to 2048 each")
+    return int(parts[0]), int(parts[-1])
 
 # %% ../nbs/24_cli.ipynb #d6d875c1
-data_app = typer.Typer(rich_markup_mode=None, no_args_is_help=True)
-app.add_typer(data_app, name="data", help="Look at data sets, check a folder, make simulated films.")
+NAMES = "'sample', 'sample-nih', 'sample-covid', or a folder, .csv or .npz of your own."
+Name = Annotated[str, typer.Argument(metavar="NAME|FOLDER", help=NAMES)]
+Data = Annotated[str, typer.Option(metavar="NAME|FOLDER", help=f"Images to learn from: {NAMES}")]
+Classes = Annotated[int | None, typer.Option(min=2, max=3, help="2: healthy or pneumonia. 3: bacterial and "
+        "viral apart, where the files say.", show_default="as the data set has them")]
+Columns = Annotated[str | None, typer.Option(metavar="ITS=OURS,...", help="For a table: what its columns are "
+        "called here, for instance filename=path,dx=label.", show_default=False)]
+Findings = Annotated[str | None, typer.Option(metavar="all|A,B", help="Which findings to learn, where an "
+        "image can show several; for a table, the columns that hold them.", show_default="all")]
+SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Go on without files that cannot be read; they are "
+        "listed.")]
+Seed = Annotated[int, typer.Option(help="Random seed: same seed, same result.")]
 
-def _load(name: str, classes: int | None = None):
-    "A frame; files that are no pictures are in it, without a size."
+class Unknown(str, Enum):
+    "What an image without a patient is taken for."
+    image, refuse = "image", "refuse"
+
+Strangers = Annotated[Unknown, typer.Option(help="Images without a patient: take each examination or image "
+        "for a patient of its own, or refuse.")]
+Resplit = Annotated[bool, typer.Option("--resplit", help="Forget the data set's own train, val and test; cut "
+        "anew by patient.")]
+
+data_app = typer.Typer(rich_markup_mode=None, no_args_is_help=True)
+app.add_typer(data_app, name="data", help="Look at data sets, check a folder, make simulated images.")
+
+# %% ../nbs/24_cli.ipynb #5cd06034
+def _load(name: str, classes: int | None = None, columns: str | None = None, findings: str | None = None,
+          unknown: str = "image"):
+    "A frame; files that are no images are in it, without a size."
     import warnings
+
     from cxr_course import data
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")                                   # bad files are told by whoever asked for the frame
-        return data.load(name, classes=classes)
+        warnings.simplefilter("ignore")                  # bad files are told by whoever asked for the frame
+        return data.load(name, classes=classes, columns=_pairs(columns), findings=_said(name, findings),
+                         unknown=unknown)
 
-# %% ../nbs/24_cli.ipynb #d6e96d99
-def _counts(frame):
-    "Pictures and patients by split and class: a table to read."
-    import pandas as pd
-    from cxr_course.core import classes, table
-    truth = {c: frame["label"] == c if "label" in frame else frame[c] == 1 for c in classes(frame)}
-    split, rows = frame["split"].fillna("not split"), {}
-    for s in ("train", "val", "test", "not split"):
-        f = frame[split == s]
-        if len(f): rows[s] = dict(pictures=len(f), patients=f["patient"].nunique(), **{"without patient": int(f["patient"].isna().sum())}, **{c: int(y[f.index].sum()) for c, y in truth.items()})
-    counts = pd.DataFrame(rows).T.rename_axis(index="split")
-    return table(counts if len(truth) < 5 else counts.T.rename_axis(index=""))
+def _pairs(text: str | None) -> dict[str, str] | None:
+    "'filename=path,dx=label' as a dict."
+    if text is None:
+        return None
+    pairs = [part.split("=") for part in text.split(",")]
+    if not all(len(pair) == 2 and all(pair) for pair in pairs):
+        from cxr_course.core import CourseError
+        raise CourseError("not a list of columns", text, "write ITS=OURS with commas between, for instance "
+                "filename=path,dx=label")
+    return {its.strip(): ours.strip() for its, ours in pairs}
+
+def _said(name: str, findings: str | None) -> list[str] | None:
+    "The findings that a plain table must be told; data sets of a known layout say themselves what they hold."
+    from cxr_course import data
+    known = name in data.REGISTRY and not Path(name).exists()
+    if findings in (None, "all") or known or data.layout(name) != "csv":
+        return None
+    return [finding.strip() for finding in findings.split(",")]
 
 # %% ../nbs/24_cli.ipynb #446c1eb3
 @data_app.command("list")
@@ -109,52 +175,66 @@ def data_list() -> None:
     """
     from cxr_course import core, data
     typer.echo(repr(core.table(data.registry().drop(columns="fingerprint"))))
-    typer.echo("\n'sample' and its sisters are simulated on this machine when first used. For the others: cxr-course data show FOLDER, once you have the folder.")
+    typer.echo("\n'sample' and its like are simulated on this machine when first used. "
+               "For the others: cxr-course data show FOLDER, once you have the folder.")
 
 # %% ../nbs/24_cli.ipynb #b3bf6cae
-NAME = typer.Argument(metavar="NAME|FOLDER", help="'sample', 'sample-nih', 'sample-covid', or a folder, .csv or .npz of your own.")
-CLASSES = typer.Option(min=2, max=3, help="2: healthy or pneumonia. 3: bacterial and viral apart, where the files say.")
-
 @data_app.command("show")
 def data_show(
-    name: Annotated[str, NAME] = "sample",
-    classes: Annotated[int | None, CLASSES] = None,
-    out: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Also save a sheet of films, some of each class.")] = None,
+    name: Name = "sample",
+    classes: Classes = None,
+    columns: Columns = None,
+    findings: Findings = None,
+    out: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Also save a sheet of images, some of "
+            "each class.")] = None,
 ) -> None:
-    """Show what a data set holds: layout, pictures and patients by split and class, sizes.
+    """Show what a data set holds: layout, images and patients by split and class, sizes.
 
     \b
     Examples
       cxr-course data show
       cxr-course data show path/to/chest_xray --out sheet.png
+      cxr-course data show mine.csv --columns filename=path,dx=label
     """
-    frame = _load(name, classes)
-    typer.echo(f"{len(frame):,} pictures of {frame['patient'].nunique():,} known patients; {frame['patient'].isna().sum():,} pictures have no patient")
-    typer.echo(f"height {frame['height'].min()} to {frame['height'].max()}, width {frame['width'].min()} to {frame['width'].max()} pixels\n")
-    typer.echo(repr(_counts(frame)))
-    if bad := int(frame["height"].isna().sum()): typer.echo(f"\n{bad} files are no pictures; 'cxr-course data check {name}' says what is wrong with them")
-    if out: typer.echo(f"\n{_sheet(frame, out)}")
+    frame = _load(name, classes, columns, findings)
+    from cxr_course import preparing
+    patients, alone = frame["patient"].nunique(), frame["patient"].isna().sum()
+    typer.echo(f"{len(frame):,} images of {patients:,} known patients; {alone:,} images have no patient")
+    typer.echo(f"height {frame['height'].min()} to {frame['height'].max()}, width {frame['width'].min()} to "
+            f"{frame['width'].max()} pixels\n")
+    typer.echo(repr(preparing.split_counts(frame)))
+    if bad := int(frame["height"].isna().sum()):
+        typer.echo(f"\n{bad} files are no images; 'cxr-course data check {name}' says what is wrong with "
+                "them")
+    if out:
+        typer.echo(f"\n{_sheet(frame, out)}")
 
 # %% ../nbs/24_cli.ipynb #1533ccaa
 def _sheet(frame, out: Path) -> Path:
-    "Four films of each class (or of the whole, for findings) as a picture file."
+    "Four images of each class (or of the whole, for findings) in one file."
     from cxr_course import core, images
     frame = frame[frame["height"].notna()]
     groups = [(c, f) for c, f in frame.groupby("label", observed=True)] if "label" in frame else [("", frame)]
     some = [(c, p) for c, f in groups for p in f["path"].iloc[core.rng("sheet").permutation(len(f))[:4]]]
-    films = [images.fit(images.read(p), (160, 160)) for _, p in some]
-    with core.atomic(out, overwrite=False) as part: core.show_films(films, [c for c, _ in some]).savefig(part, dpi=100, format="png")
+    shown = [images.fit(images.read(p), (160, 160)) for _, p in some]
+    with core.atomic(out, overwrite=False) as part:
+        core.show_films(shown, [c for c, _ in some]).savefig(part, dpi=100, format="png")
     return out
 
 # %% ../nbs/24_cli.ipynb #7841add9
 @data_app.command("check")
 def data_check(
-    name: Annotated[str, NAME],
-    classes: Annotated[int | None, CLASSES] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="Only what names and headers tell; no picture is decoded.")] = False,
-    beside: Annotated[str | None, typer.Option(metavar="NAME|FOLDER", help="Another data set: are its films among these?", show_default=False)] = None,
+    name: Name,
+    classes: Classes = None,
+    columns: Columns = None,
+    findings: Findings = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Only what names and headers tell; no image is "
+            "decoded.")] = False,
+    beside: Annotated[str | None, typer.Option(metavar="NAME|FOLDER", help="Another data set: are its images "
+            "among these?", show_default=False)] = None,
 ) -> None:
-    """Check a data set: unreadable files, empty splits, doubles, patients on both sides. Exit code 1 if anything was found.
+    """Check a data set: unreadable files, empty splits, duplicates, patients on both sides. Exit code 1 if
+    anything was found.
 
     \b
     Examples
@@ -163,78 +243,112 @@ def data_check(
       cxr-course data check path/to/covid_set --beside path/to/chest_xray
     """
     from cxr_course import data
-    report = data.check(_load(name, classes), pixels=not quick, beside=None if beside is None else _load(beside))
+    other = None if beside is None else _load(beside)
+    report = data.check(_load(name, classes, columns, findings), pixels=not quick, beside=other)
     typer.echo(repr(report))
-    for row in report.bad.to_dict("records"): typer.echo(f"{row['path']}: {row['error']}")
-    if len(report.table): raise typer.Exit(1)
+    for row in report.bad.to_dict("records"):
+        typer.echo(f"{row['path']}: {row['error']}")
+    if len(report.table):
+        raise typer.Exit(1)
 
 # %% ../nbs/24_cli.ipynb #f5190159
 @data_app.command("explore")
 def data_explore(
-    name: Annotated[str, NAME],
-    out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the page goes; a folder that is not there yet.")],
-    classes: Annotated[int | None, CLASSES] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="Only what names, tables and headers tell; no picture is decoded.")] = False,
-    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Go on without files that cannot be read.")] = False,
+    name: Name,
+    out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the page goes; a folder that is not "
+            "there yet.")],
+    classes: Classes = None,
+    columns: Columns = None,
+    findings: Findings = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Only what names, tables and headers tell; no image "
+            "is decoded.")] = False,
+    skip_bad: SkipBad = False,
 ) -> None:
-    """Write a page about a data set: counts, sizes, grey values, and what gives the class away without looking at the lungs.
+    """Write a page about a data set: counts, sizes, grey values, and what gives the class away without
+    looking at the lungs.
 
     \b
     Example
       cxr-course data explore path/to/chest_xray --out about_chest_xray
     """
-    if out.exists(): _refuse_existing(out)
+    _refuse_existing(out)
     from cxr_course import exploration
-    typer.echo(f"The page to read is {exploration.overview(_load(name, classes), out, pixels=not quick, skip_bad=skip_bad)}")
+    page = exploration.overview(_load(name, classes, columns, findings), out, pixels=not quick,
+                                skip_bad=skip_bad)
+    typer.echo(f"The page to read is {page}")
 
 # %% ../nbs/24_cli.ipynb #ddaee3dc
 @data_app.command("augment")
 def data_augment(
-    name: Annotated[str, NAME],
-    out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the copies go; a folder that is not there yet.")],
-    copies: Annotated[int, typer.Option(min=1, help="Changed copies of each training film.")] = 1,
-    classes: Annotated[int | None, CLASSES] = None,
-    seed: Annotated[int, typer.Option(help="Same seed, same copies.")] = 0,
+    name: Name,
+    out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the copies go; a folder that is not "
+            "there yet.")],
+    copies: Annotated[int, typer.Option(min=1, help="Changed copies of each training image.")] = 1,
+    classes: Classes = None,
+    columns: Columns = None,
+    seed: Seed = 0,
 ) -> None:
-    """Write changed copies of the training films, and a table of all films to train on. Validation and test films are never copied.
+    """Write changed copies of the training images, and a table of all images to train on. Validation and test
+    images are never copied.
 
     \b
     Example
       cxr-course data augment path/to/chest_xray --out copies
-      cxr-course train --data copies/films.csv
+      cxr-course train --data copies/images.csv
     """
-    if out.exists(): _refuse_existing(out)
-    _start_tensorflow()
-    from cxr_course import augmentation, core
-    frame, _ = arrange(_load(name, classes), seed, "picture")
-    all_ = augmentation.write_copies(frame, out, copies=copies, seed=seed)
-    with core.atomic(out / "films.csv") as part: all_.assign(path=[str(Path(p).resolve()) for p in all_["path"]]).to_csv(part, index=False)
-    typer.echo(f"{int(all_['meta_copy_of'].notna().sum())} copies of {int((frame['split'] == 'train').sum())} training films are in {out}\nnext: cxr-course train --data {out / 'films.csv'}")
+    _refuse_existing(out)
+    from cxr_course import core, job
+    frame, _ = job.arrange(_load(name, classes, columns), seed)
+    job.start_tensorflow()
+    from cxr_course import augmentation
+    every = augmentation.write_copies(frame, out, copies=copies, seed=seed)
+    with core.atomic(out / "images.csv") as part:
+        every.assign(path=[str(Path(p).resolve()) for p in every["path"]]).to_csv(part, index=False)
+    made, from_ = int(every["meta_copy_of"].notna().sum()), int((frame["split"] == "train").sum())
+    typer.echo(f"{made} copies of {from_} training images are in {out}\nnext: cxr-course train --data "
+            f"{out / 'images.csv'}")
 
 # %% ../nbs/24_cli.ipynb #dbcf0249
 @data_app.command("decode")
 def data_decode(
-    name: Annotated[str, NAME],
-    size: Annotated[str, typer.Option(metavar="PIXELS", help="Films are cropped and shrunk to this: 128, or HEIGHTxWIDTH.")] = "128",
+    name: Name,
+    size: Annotated[str, typer.Option(metavar="PIXELS", help="Images are cropped and resized to this: 128, "
+            "or HEIGHTxWIDTH.")] = "128",
     workers: Annotated[int, typer.Option(min=1, max=256, help="Processes on this machine.")] = 2,
-    shard: Annotated[str | None, typer.Option(metavar="I/N", help="Do only this host's part of N, from 0/N; put nothing together.", show_default=False)] = None,
-    out: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Where the store goes.", show_default="the cache, where 'train' looks for it")] = None,
-    classes: Annotated[int | None, CLASSES] = None,
-    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Go on without films that cannot be read.")] = False,
+    shard: Annotated[str | None, typer.Option(metavar="I/N", help="Do only this host's part of N, from 0/N; "
+            "put nothing together.", show_default=False)] = None,
+    out: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Where the store goes.",
+                                             show_default="the cache, where 'train' looks for it")] = None,
+    classes: Classes = None,
+    columns: Columns = None,
+    skip_bad: SkipBad = False,
 ) -> None:
     """Decode a large data set once, with several processes or hosts; a killed one goes on where it was.
 
     \b
     Examples
       cxr-course data decode path/to/nih --size 224 --workers 8
-      cxr-course data decode path/to/nih --size 224 --shard 0/4      (on the first of four hosts that share a disk; then without --shard)
+      cxr-course data decode path/to/nih --size 224 --shard 0/4   (the first of four hosts that share a disk;
+                                                                   when all are done, without --shard)
     """
     from cxr_course import scaling
-    from cxr_course.core import CourseError
-    parts = shard.split("/") if shard else None
-    if parts and not (len(parts) == 2 and all(p.isdecimal() for p in parts)): raise CourseError("not a shard", shard, "write I/N, for instance 0/4")
-    store = scaling.decode(_load(name, classes), _shape(size), out, workers, only=tuple(map(int, parts)) if parts else None, skip_bad=skip_bad)
-    typer.echo(f"shard {shard} is done; when all are, run it once without --shard" if store is None else f"{len(store):,} films are in {store.folder}")
+    frame, only = _load(name, classes, columns), _part(shard)
+    store = scaling.decode(frame, _shape(size), out, workers, only=only, skip_bad=skip_bad)
+    if store is None:
+        typer.echo(f"shard {shard} is done; when all are, run it once without --shard")
+    else:
+        typer.echo(f"{len(store):,} images are in {store.folder}")
+
+# %% ../nbs/24_cli.ipynb #b3a28fd4
+def _part(shard: str | None) -> tuple[int, int] | None:
+    "'0/4' as (0, 4)."
+    if shard is None:
+        return None
+    parts = shard.split("/")
+    if len(parts) != 2 or not all(p.isdecimal() for p in parts):
+        from cxr_course.core import CourseError
+        raise CourseError("not a shard", shard, "write I/N, for instance 0/4")
+    return int(parts[0]), int(parts[1])
 
 # %% ../nbs/24_cli.ipynb #f50e9d8a
 class Layout(str, Enum):
@@ -245,149 +359,26 @@ class Layout(str, Enum):
 def data_phantom(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A folder that is not there yet.")],
     layout: Annotated[Layout, typer.Option(help="Which real data set to look like.")] = Layout.mendeley,
-    patients: Annotated[int, typer.Option(min=4, help="How many patients; each has 1 to 4 films.")] = 100,
-    pixels: Annotated[int, typer.Option(min=32, max=2048, help="Width of a film.")] = 256,
-    seed: Annotated[int, typer.Option(help="Another seed is another population.")] = 0,
+    patients: Annotated[int, typer.Option(min=4, help="How many patients; each has 1 to 4 images.")] = 100,
+    pixels: Annotated[int, typer.Option(min=32, max=2048, help="Width of an image.")] = 256,
+    seed: Annotated[int, typer.Option(help="Random seed: another seed is another population.")] = 0,
 ) -> None:
-    """Simulate chest films of patients whose truth is known, and write them like a real data set.
+    """Simulate chest radiographs of patients whose truth is known, and write them like a real data set.
 
     \b
     Examples
-      cxr-course data phantom my_films
+      cxr-course data phantom my_images
       cxr-course data phantom archive --layout dicom --patients 20
     """
-    if folder.exists(): _refuse_existing(folder)
+    _refuse_existing(folder)
     from cxr_course import phantom
     kind = {"nih": "nih", "covid": "covid"}.get(layout.value, "pneumonia")
     plan = phantom.world(patients, seed=seed, kind=kind, hospitals=("A", "B", "C"), pixels=pixels)
     phantom.write(plan, folder, layout.value)
-    typer.echo(f"{len(plan)} films of {patients} simulated patients are in {folder}\nnext: cxr-course data show {folder}")
-
-def _refuse_existing(folder: Path) -> None:
-    from cxr_course.core import CourseError
-    free = next(f for n in range(2, 10_000) if not (f := folder.with_name(f"{folder.name}-{n}")).exists())
-    raise CourseError("it is there already and is never overwritten", folder, f"name another one, {free} for instance, or remove it yourself")
-
-# %% ../nbs/24_cli.ipynb #cb8b9941
-def arrange(
-    frame, # a frame of films, with its makers' split or without
-    seed: int = 0, # another seed, another cut
-    unknown: str = "picture", # films without patient: 'picture' (by study if known, else each for itself) or 'raise'
-    resplit: bool = False, # forget the makers' split
-): # the frame with train, val and test, and what was done, in sentences
-    "Decide which films teach, choose and judge; by patient."
-    from cxr_course import splits
-    from cxr_course.core import CourseError
-    from cxr_course.core import patients
-    said, missing, _ = [], frame["patient"].isna(), patients(frame, unknown)
-    if missing.any():
-        studies = frame.loc[missing, "study"].notna().sum() if "study" in frame else 0
-        said.append(f"{missing.sum():,} of {len(frame):,} pictures have no patient: {studies:,} are grouped by examination, {missing.sum() - studies:,} stand for themselves")
-    _refuse_one_class(frame, "the data set")
-    if resplit or frame["split"].isna().all():
-        said.append("all pictures were split anew by patient: 70 % train, 15 % val, 15 % test")
-        frame = splits.split(frame, dict(train=.7, val=.15, test=.15), seed, unknown)
-    frame = _two_lists(frame, said, unknown)
-    count = frame["split"].value_counts()
-    if not count.get("test", 0): raise CourseError("the test set is empty", "split: " + ", ".join(f"{k} {n}" for k, n in count.items()), "fill the test folder, or add --resplit to cut train, val and test anew by patient")
-    if not count.get("train", 0): raise CourseError("the training set is empty", None, "fill the train folder, or add --resplit to cut train, val and test anew by patient")
-    parts = dict(tuple(frame.groupby("split")))
-    if (few := count.get("val", 0)) < .05 * count["train"]:
-        said.append(f"val has {f'only {few} pictures' if few else 'no pictures'}: 15 % of train and val together became val, by patient")
-        frame = splits.hold_out(frame, .15, seed, unknown)
-    elif splits.leakage(parts["train"], parts["val"], unknown):
-        said.append("train and val shared patients: 15 % of both together became val, by patient")
-        frame = splits.hold_out(frame, .15, seed, unknown)
-    for part in ("train", "val", "test"): _refuse_one_class(frame[frame["split"] == part], f"the {part} set")
-    splits.refuse_leakage(frame, unknown=unknown)
-    return frame, said
-
-# %% ../nbs/24_cli.ipynb #5e7c329c
-def _two_lists(frame, said: list[str], unknown: str):
-    "Makers who name films to learn from and films held out, and no third kind: what they held out is the test."
-    from cxr_course.core import patients
-    count = frame["split"].value_counts()
-    if count.get("test", 0) or count.get("val", 0) < .1 * count.get("train", 0): return frame
-    frame = frame.assign(split=frame["split"].replace({"val": "test"}))
-    who = patients(frame, unknown)
-    again = (frame["split"] == "train") & who.isin(set(who[frame["split"] == "test"]))
-    said.append(f"its makers name two lists only: the second, of {count['val']:,} pictures, is the test" + (f"; {again.sum():,} training pictures are left out, since their {who[again].nunique()} patients are in both lists" if again.any() else ""))
-    return frame[~again].reset_index(drop=True)
-
-# %% ../nbs/24_cli.ipynb #e1d2b6fd
-def _refuse_one_class(frame, where: str) -> None:
-    from cxr_course.core import CourseError, classes
-    truth = {c: int((frame["label"] == c).sum() if "label" in frame else (frame[c] == 1).sum()) for c in classes(frame)}
-    shown = [c for c, n in truth.items() if n]
-    if len(shown) < 2 and "label" in frame or not shown:
-        raise CourseError(f"{where} holds one class only" if shown else f"{where} shows nothing", ", ".join(f"{c} {n}" for c, n in truth.items()), "a network learns from differences: add pictures of another class")
-
-# %% ../nbs/24_cli.ipynb #07436e37
-def _refuse_weights_alone(backbone: str | None, weights: str, fallback) -> None:
-    "Weights belong to a backbone, and a file of them must be there before a film is decoded."
-    from cxr_course.core import CourseError
-    if backbone is None and (weights != "none" or fallback is not None): raise CourseError("weights belong to a backbone, and none is named", weights, "add --backbone, for instance --backbone vgg16")
-    if weights not in ("none", "phantom", "imagenet") and fallback is None and not Path(weights).is_file(): raise CourseError("there is no such file of weights", weights, "check the name, or give one of none, phantom, imagenet; --fallback says what to take instead")
-
-def _shape(text: str) -> tuple[int, int]:
-    "'128' or '129x180' (height x width) as (h, w)."
-    from cxr_course.core import CourseError
-    parts = text.lower().split("x")
-    if len(parts) > 2 or not all(p.isdecimal() and 8 <= int(p) <= 2048 for p in parts): raise CourseError("not a size", text, "one number of pixels such as 128, or HEIGHTxWIDTH such as 129x180; 8 to 2048 each")
-    return int(parts[0]), int(parts[-1])
-
-def _refuse_bad(frame, skip_bad: bool) -> None:
-    from cxr_course.core import CourseError
-    bad = frame[frame["height"].isna()]
-    if skip_bad or bad.empty: return
-    listed = "".join(f"\n    {p}" for p in bad["path"].head(20)) + (f"\n    ... and {len(bad) - 20} more" if len(bad) > 20 else "")
-    raise CourseError(f"{len(bad)} of {len(frame)} files are no pictures", listed, "'cxr-course data check' says what is wrong with each; mend or remove them, or add --skip-bad to go on without them")
-
-def _refuse_small_disk(films: int, shape: tuple[int, int]) -> None:
-    from cxr_course.core import CourseError, cache_dir
-    need, free = films * shape[0] * shape[1] + 50_000_000, shutil.disk_usage(cache_dir()).free
-    if need > free: raise CourseError(f"the decoded films need {need / 1e6:,.0f} MB and {free / 1e6:,.0f} MB are free", cache_dir(), "free some space, set CXR_COURSE_CACHE to a folder on a larger disk, or choose a smaller --size")
-
-# %% ../nbs/24_cli.ipynb #afb12b45
-def _without_twins(frame, said: list[str]):
-    "The frame without training or validation films that are byte for byte in the test set."
-    from cxr_course import splits
-    files = frame[frame["height"].notna() & ~frame["path"].str.contains("::")]
-    pairs = splits.twins(files[files["split"] == "test"], files[files["split"] != "test"])
-    if len(pairs): said.append(f"left out, because byte for byte the same picture is in the test set under another name: {pairs['other'].nunique()}")
-    return frame[~frame["path"].isin(set(pairs["other"]))].reset_index(drop=True)
-
-# %% ../nbs/24_cli.ipynb #f0ce0d7c
-def _start_tensorflow() -> None:
-    "Load TensorFlow without its greetings."
-    if "tensorflow" in sys.modules: return
-    def begin():
-        import tensorflow
-        tensorflow.constant(0.)
-    _unheard(begin)
-
-def _unheard(work):
-    "Do it without what TensorFlow says on the way; if it fails, show that too."
-    import tempfile
-    sys.stderr.flush()
-    kept = os.dup(2)
-    with tempfile.TemporaryFile() as heard:
-        os.dup2(heard.fileno(), 2)
-        try: return work()
-        except BaseException as error:
-            from cxr_course.core import CourseError
-            heard.seek(0)
-            if not isinstance(error, CourseError): os.write(kept, heard.read())
-            raise
-        finally:
-            os.dup2(kept, 2)
-            os.close(kept)
+    typer.echo(f"{len(plan)} images of {patients} simulated patients are in {folder}\nnext: cxr-course data "
+            f"show {folder}")
 
 # %% ../nbs/24_cli.ipynb #a7a79b41
-class Unknown(str, Enum):
-    "What a film without patient is taken for."
-    picture, refuse = "picture", "refuse"
-
 class Recipe(str, Enum):
     "How to train."
     plain, strong = "plain", "strong"
@@ -400,320 +391,291 @@ class Fallback(str, Enum):
     "What to do without the weights that were asked for."
     phantom, none = "phantom", "none"
 
-RUN = typer.Argument(metavar="RUN", help="A folder that 'cxr-course train' made.")
+class Duplicates(str, Enum):
+    "Which copies across splits are left out."
+    exact, near = "exact", "near"
 
-def _films(data: str, classes: int | None, seed: int, unknown: str, resplit: bool, skip_bad: bool, shape: tuple[int, int], findings: str | None = None):
-    "The films to train, validate and test with; refuses what cannot go well, and says what it decided."
-    frame, said = arrange(_choose(_load(data, classes), findings), seed, unknown, resplit)
-    _refuse_bad(frame, skip_bad)
-    _refuse_small_disk(len(frame), shape)
-    frame = _without_twins(frame, said)
-    typer.echo("\n".join([f"{data}: {len(frame):,} pictures", *(f"  {s}" for s in said), repr(_counts(frame)), ""]))
-    return frame
-
-# %% ../nbs/24_cli.ipynb #23a2fcf4
-#| export
-
-# %% ../nbs/24_cli.ipynb #e908d85f
-def _choose(frame, findings: str | None):
-    "The frame with the findings that were asked for, in the order of the data set."
-    from cxr_course import core
-    if findings is None: return frame
-    known = core.findings(frame)
-    if not known: raise core.CourseError("this data set has classes, and no findings", ", ".join(core.classes(frame)), "leave --findings out; --classes chooses between two and three classes")
-    asked = known if findings == "all" else [f.strip() for f in findings.split(",")]
-    if strange := [f for f in asked if f not in known]: raise core.CourseError(f"no finding is named {', '.join(strange)}", None, f"'all', or some of {', '.join(known)}, with commas between")
-    return frame.drop(columns=[f for f in known if f not in asked])
-
-def _recipe(recipe: Recipe, lr: float | None, patience: int, seed: int) -> dict:
-    "The options of `training.fit` that a recipe stands for."
-    from cxr_course import augmentation, training
-    chosen = training.RECIPE | dict(augment=augmentation.Augment(seed=seed)) if recipe == Recipe.strong else dict(lr=1e-3, patience=patience)
-    return chosen | ({} if lr is None else dict(lr=lr))
-
-def _fit(frame, shape: tuple[int, int], out: Path, model: str, skip_bad: bool, options: dict, loss: str = "plain", borrow: dict | None = None):
-    "Decode, train, and finish the run folder as a bundle."
-    from cxr_course import imbalance, pipelines, prediction, scaling, shift, training, transfer
-    network = None if borrow else _network(frame, shape, model, options["seed"])
-    store = pipelines.build(frame, shape, skip_bad=skip_bad)
-    for line in store.skipped.get("error", ()): typer.echo(f"skipped: {line}")
-    if loss != "plain": options = options | dict(loss=imbalance.loss_for(store, loss, true_odds=True), smoothing=0.)
-    if borrow: transfer.train(model, store, out, **borrow, **options)
-    else: training.fit(network, store, run=out, **options)
-    if not scaling.leave(options["strategy"]): raise typer.Exit()           # of several processes the first finishes the folder
-    prediction.finish(out, store)
-    _remember(store, out)
-    shift.reference(out, store)                                             # what 'shift' will compare with
-    return training.load_run(out)                                           # with the card as it is now
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="A folder that 'cxr-course train' made.")]
 
 # %% ../nbs/24_cli.ipynb #8030116e
-def _network(frame, shape: tuple[int, int], model: str, seed: int):
-    "A network by name, with an output for each class or finding."
-    from cxr_course import cnn, core, mlp, training
-    if model not in (known := {**mlp.SPECS, **cnn.SPECS}): raise core.CourseError(f"there is no model named {model!r}", None, f"choose one of {', '.join(known)}")
-    return (mlp if model in mlp.SPECS else cnn).build(model, (*shape, 1), training._outputs(frame), seed)
-
 def _team():
     "Those that 'launch' gave this process to train with; before anything of TensorFlow is used."
-    if not os.environ.get("CXR_COURSE_TEAM"): return None
-    from cxr_course import scaling
-    return _unheard(scaling.strategy_from_environment)
+    if not os.environ.get("CXR_COURSE_TEAM"):
+        return None
+    from cxr_course import job, scaling
+    return job.silently(scaling.strategy_from_environment)
+
+def _leave(strategy) -> None:
+    "Say goodbye to the other processes after the training."
+    if strategy is not None:
+        from cxr_course import scaling
+        scaling.leave(strategy)
 
 def _done(run, out: Path) -> None:
-    "The report on the test films; exit code 130 if the training was cut short."
-    _tell(run, run.predictions[run.predictions["split"] == "test"], out / "report")
-    typer.echo(f"\nEverything is in {out}; the page to read is {out / 'report' / 'report.html'}\nnext: cxr-course predict {out} FILE")
-    if run.card["interrupted"]: raise typer.Exit(130)
+    "Where everything is; exit code 130 if the training was cut short."
+    if run is None:                                      # of several processes only the first tells the end
+        raise typer.Exit()
+    page = out / "report" / "report.html"
+    typer.echo(f"\nEverything is in {out}; the page to read is {page}\nnext: cxr-course predict {out} FILE")
+    if run.card["interrupted"]:
+        raise typer.Exit(130)
 
 # %% ../nbs/24_cli.ipynb #f4d029c9
 @app.command(short_help="Train a network on a data set, and report.")
 def train(
-    data: Annotated[str, typer.Option(metavar="NAME|FOLDER", help="'sample' (simulated films), 'sample-nih', 'sample-covid', or a folder, .csv or .npz of your own.")] = "sample",
-    model: Annotated[str, typer.Option(metavar="NAME", help="A network of chapters 10 and 11: mlp, mlp_d1, mlp_d2, mlp_cured; smallnet, cnn, wide, a1 to a8, separable.")] = "smallnet",
-    backbone: Annotated[str | None, typer.Option(metavar="NAME", help="Instead of --model, a network of chapter 14: vgg16, vgg19, resnet50, densenet121, efficientnetb0, mobilenetv2, compact.", show_default=False)] = None,
-    weights: Annotated[str, typer.Option(metavar="FILE|NAME", help="What the backbone has learned elsewhere: none, imagenet (downloads once), phantom (taught here, once), or a file of weights.")] = "none",
-    fallback: Annotated[Fallback | None, typer.Option(help="What to take if these weights cannot be had.", show_default="stop and say so")] = None,
-    out: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Where the run goes; never overwritten.", show_default="runs/DATA-MODEL")] = None,
-    findings: Annotated[str | None, typer.Option(metavar="all|A,B", help="Which findings to learn, where a film can have several.", show_default="all")] = None,
-    loss: Annotated[Loss, typer.Option(help="plain: every mistake costs alike. weighted: rare findings and classes cost more. focal: easy films cost less (chapter 15).")] = Loss.plain,
-    size: Annotated[str, typer.Option(metavar="PIXELS", help="Films are cropped and shrunk to this: 128, or HEIGHTxWIDTH.")] = "128",
-    epochs: Annotated[int, typer.Option(min=1, help="Passes over the training films, at most.")] = 20,
-    patience: Annotated[int, typer.Option(min=1, help="Stop after so many epochs without progress on validation.")] = 5,
-    batch: Annotated[int, typer.Option(min=1, help="Films a step.")] = 32,
-    lr: Annotated[float | None, typer.Option(min=1e-7, max=10., help="Size of the first steps.", show_default="the recipe's")] = None,
-    recipe: Annotated[Recipe, typer.Option(help="plain: films as they are. strong: augmented films, AdamW, cosine steps, soft labels (chapters 12 and 13).")] = Recipe.plain,
-    seed: Annotated[int, typer.Option(help="Same seed, same run.")] = 0,
-    classes: Annotated[int | None, CLASSES] = None,
-    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Go on without files that cannot be read; they are listed.")] = False,
-    unknown: Annotated[Unknown, typer.Option(help="Films without a patient: take each examination or picture for a patient, or refuse.")] = Unknown.picture,
-    resplit: Annotated[bool, typer.Option("--resplit", help="Forget the data set's own train, val and test; cut anew by patient.")] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue a run that was killed; same options as then.")] = False,
+    data: Data = "sample",
+    model: Annotated[str, typer.Option(metavar="NAME", help="A network: mlp, mlp_d1, mlp_d2, mlp_cured "
+            "(dense); smallnet, cnn, wide, a1 to a8, separable (convolutional).")] = "smallnet",
+    backbone: Annotated[str | None, typer.Option(metavar="NAME", help="Instead of --model, a backbone for "
+            "transfer learning: vgg16, vgg19, resnet50, densenet121, efficientnetb0, mobilenetv2, compact.",
+            show_default=False)] = None,
+    weights: Annotated[str, typer.Option(metavar="FILE|NAME", help="Pretrained weights of the backbone: "
+            "none, imagenet (downloads once), phantom (trained here, once), or a file of weights.")] = "none",
+    fallback: Annotated[Fallback | None, typer.Option(help="What to take if these weights cannot be had.",
+                                                      show_default="stop and say so")] = None,
+    out: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Where the run goes; never overwritten.",
+                                             show_default="runs/DATA-MODEL")] = None,
+    findings: Findings = None,
+    loss: Annotated[Loss, typer.Option(help="plain: every mistake costs alike. weighted: rare findings and "
+            "classes cost more. focal: easy images cost less.")] = Loss.plain,
+    size: Annotated[str, typer.Option(metavar="PIXELS", help="Images are cropped and resized to this: 128, "
+            "or HEIGHTxWIDTH.")] = "128",
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the training images, at most.")] = 20,
+    patience: Annotated[int | None, typer.Option(min=1, help="Stop after so many epochs without a lower "
+            "validation loss.", show_default="the recipe's: 5, or 20")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Batch size: images a step.")] = 32,
+    lr: Annotated[float | None, typer.Option(min=1e-7, max=10., help="Learning rate at the start.",
+                                             show_default="the recipe's: 0.001, or 0.003")] = None,
+    recipe: Annotated[Recipe, typer.Option(help="plain: images as they are. strong: augmentation, AdamW, "
+            "cosine schedule of the learning rate, label smoothing.")] = Recipe.plain,
+    seed: Seed = 0,
+    classes: Classes = None,
+    columns: Columns = None,
+    skip_bad: SkipBad = False,
+    unknown: Strangers = Unknown.image,
+    resplit: Resplit = False,
+    duplicates: Annotated[Duplicates, typer.Option(help="Copies of test or validation images that are left "
+            "out. exact: the same file. near: also the same image saved again.")] = Duplicates.exact,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue a run that was killed; same options as "
+            "then.")] = False,
 ) -> None:
-    """Train a network on a data set and report honestly how good it is.
+    """Train a network on a data set and report how good it is, with intervals.
 
-    The test films only judge; the threshold is chosen on validation films; nobody's films are on two sides. Ctrl-C ends the training and keeps the best model so far.
+    The test images only judge; the threshold is chosen on validation images; no patient is on two sides.
+    Ctrl-C ends the training and keeps the best model so far.
 
     \b
     Examples
-      cxr-course train                                    simulated films, a few minutes
+      cxr-course train                                    simulated images, a few minutes
       cxr-course train --data path/to/chest_xray --out runs/kaggle
       cxr-course train --data path/to/chest_xray --model separable --recipe strong
       cxr-course train --data path/to/chest_xray --classes 3 --model a5 --size 129x180
       cxr-course train --data path/to/chest_xray --backbone compact --weights phantom
       cxr-course train --data path/to/nih --findings all --backbone densenet121 --loss weighted --size 64
+      cxr-course train --data mine.csv --columns filename=path,dx=label
     """
-    _refuse_weights_alone(backbone, weights, fallback)
     out = out or Path("runs", f"{Path(data).stem or 'data'}-{backbone or model}")
-    if out.exists(): _refuse_existing(out)
-    shape, strict = _shape(size), "raise" if unknown == Unknown.refuse else "picture"
-    strategy = _team()
-    frame = _films(data, classes, seed, strict, resplit, skip_bad, shape, findings)
-    _start_tensorflow()
-    options = dict(epochs=epochs, batch=batch, seed=seed, unknown=strict, resume=resume, strategy=strategy) | _recipe(recipe, lr, patience, seed)
-    if backbone and lr is None and (recipe == Recipe.plain or backbone.startswith("vgg")): del options["lr"]         # each backbone has its own
-    run = _fit(frame, shape, out, backbone or model, skip_bad, options | dict(name=backbone or model), loss.value, dict(weights=weights, fallback=fallback and fallback.value) if backbone else None)
+    _refuse_existing(out)
+    shape, strategy = _shape(size), _team()
+    frame = _load(data, classes, columns, findings, unknown.value)
+    from cxr_course import job
+    asked = dict(model=model, backbone=backbone, weights=weights, fallback=fallback and fallback.value,
+                 recipe=recipe.value, loss=loss.value)
+    asked |= dict(epochs=epochs, patience=patience, batch=batch, lr=lr, seed=seed, resplit=resplit,
+                  skip_bad=skip_bad, findings=findings)
+    typer.echo(f"{data}:")
+    run = job.train_job(frame, out, shape=shape, duplicates=duplicates.value, resume=resume,
+                        strategy=strategy, say=typer.echo, **asked)
+    _leave(strategy)
     _done(run, out)
-
-# %% ../nbs/24_cli.ipynb #6376ba88
-def _fingerprints(store):
-    "The films of a store with the SHA-256 of each file."
-    import pandas as pd
-    index = pd.read_csv(store.folder / "index.csv", dtype=str, keep_default_na=False).set_index("path")["sha256"]
-    return store.frame.assign(sha256=store.frame["path"].map(index))
-
-def _remember(store, run: Path) -> None:
-    from cxr_course import core
-    with core.atomic(run / "films.csv") as part: _fingerprints(store)[["path", "patient", "split", "sha256"]].to_csv(part, index=False)
-
-def _facts(run) -> dict[str, str]:
-    "What the card of a run answers on the reporting check-list."
-    c, t = run.card, run.card["training"]
-    parts = "; ".join(f"{s}: " + ", ".join(f"{v:,} {k}" for k, v in n.items() if isinstance(v, int)) for s, n in c["data"]["splits"].items())
-    borrowed = (c["model"]["spec"] or {}).get("weights", "none")
-    return dict(partition="by patient; films without one by examination or picture" if c["data"]["unknown_patients"] == "picture" else "by patient", data=parts,
-                architecture=f"{c['model']['name']}, {c['model']['parameters']:,} parameters, films of {c['preprocessing']['shape'][0]} x {c['preprocessing']['shape'][1]}", preprocessing=f"{c['preprocessing']['fit']}; values {c['preprocessing']['values']}",
-                training=f"{t['optimizer']}, step {t['lr']:g} ({t['schedule']}), batches of {t['batch']}, {t['epochs_run']} epochs, {'augmented' if t['augment'] else 'not augmented'}, seed {t['seed']}",
-                selection=f"lowest loss on validation (epoch {t['best_epoch']})", output=f"a probability; threshold by {c['threshold_rule']}", initialisation="random" if borrowed == "none" else f"weights of the backbone: {borrowed}, SHA-256 {c['model']['spec']['sha256']}", specification="the whole model lies beside this report as model.keras and card.json")
-
-def _tell(run, predictions, folder: Path) -> None:
-    "Print the report, and save it as a page."
-    from cxr_course import decisions, evaluation, prediction, training
-    from cxr_course.core import table
-    t = run.card["training"]
-    cut = {c: t for c, t in run.threshold.items() if t is not None} if isinstance(run.threshold, dict) else run.threshold
-    report = evaluation.report(predictions, cut, run.card["data"]["unknown_patients"], title=f"How well does {run.folder.name} read?",
-                               model=f"{run.card['model']['name']} (best of {t['epochs_run']} epochs: {t['best_epoch']})")
-    report.sections += [("How it was trained", evaluation.embed(training.plot_history(run), "training curves")), ("Model card", prediction.card(prediction.Bundle(run.folder, None, run.card), "html"))]
-    said = _verdicts(report, predictions, run.card["data"]["unknown_patients"]) if run.card["kind"] == "findings" else ""
-    decisions.complete(report, _facts(run)).save(folder)
-    typer.echo(f"\n{report!r}{said}")
-    if report.confusion is not None: typer.echo("\n" + repr(table(report.confusion.reset_index().rename(columns={"truth": "truth, then called:"}))))
-
-# %% ../nbs/24_cli.ipynb #cb60fad0
-def _verdicts(report, predictions, unknown: str) -> str:
-    "Which findings the test films can judge at all: a section of the page, and a sentence."
-    from cxr_course import evaluation, imbalance
-    verdicts = imbalance.judged(predictions, unknown)
-    report.sections.insert(0, ("Each finding by itself", evaluation.embed(imbalance.plot_rocs(predictions, verdicts, unknown), "ROC curves of the findings")))
-    rare = verdicts[verdicts["value"].isna()]
-    return f"\nToo few patients to judge: {', '.join(f'{name} ({n})' for name, n in rare['patients'].items())}; whatever the table says of them, believe nothing." if len(rare) else ""
 
 # %% ../nbs/24_cli.ipynb #5846bff3
 @app.command(short_help="Report how good a run is, here or elsewhere.")
 def evaluate(
-    run: Annotated[Path, RUN],
-    data: Annotated[str | None, typer.Option(metavar="NAME|FOLDER", help="Another data set with the same classes.", show_default="the run's own test films")] = None,
-    out: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Where the report goes; never overwritten.", show_default="RUN/report, or RUN/report-DATA")] = None,
-    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Go on without files that cannot be read; they are listed.")] = False,
+    run: Run,
+    data: Annotated[str | None, typer.Option(metavar="NAME|FOLDER", help="Another data set with the same "
+            "classes or findings.", show_default="the run's own test images")] = None,
+    out: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Where the report goes; never "
+            "overwritten.", show_default="RUN/report, or RUN/report-DATA")] = None,
+    columns: Columns = None,
+    skip_bad: SkipBad = False,
 ) -> None:
-    """Report how good a run is, on its own test films or on another data set.
+    """Report how good a run is, on its own test images or on another data set.
 
     \b
     Examples
       cxr-course evaluate runs/kaggle
       cxr-course evaluate runs/kaggle --data path/to/other_hospital --out report
     """
-    if out is not None and out.exists(): _refuse_existing(out)
-    _start_tensorflow()
-    from cxr_course import training
+    _refuse_existing(out)
+    from cxr_course import job
+    job.start_tensorflow()
+    from cxr_course import judging, training
     loaded = training.load_run(run)
-    if data is None: predictions = loaded.predictions[loaded.predictions["split"] == "test"]
-    else: predictions = _predictions(loaded, data, skip_bad)
+    predictions = None if data is None else judging.predict_elsewhere(loaded,
+            _like(loaded.card, data, columns), skip_bad=skip_bad, say=typer.echo)
     folder = out or _free(run / ("report" if data is None else f"report-{Path(data).stem}"))
-    _tell(loaded, predictions, folder)
+    typer.echo("\n" + judging.report_text(judging.report_run(loaded, folder, predictions=predictions)))
     typer.echo(f"\nThe page to read is {folder / 'report.html'}")
 
-def _free(folder: Path) -> Path:
-    "The folder itself, or with the next free number behind it."
-    return folder if not folder.exists() else next(f for n in range(2, 10_000) if not (f := folder.with_name(f"{folder.name}-{n}")).exists())
-
-# %% ../nbs/24_cli.ipynb #92f979d4
-def _predictions(run, data: str, skip_bad: bool):
-    "What a run makes of another data set's test films (of all, where it has no test set), without films it has learned from."
-    import pandas as pd
-    from cxr_course import core, pipelines, prediction, training
-    card = run.card
-    frame = _load(data, len(card["labels"]) if card["kind"] == "classes" and len(card["labels"]) in (2, 3) else None)
-    if core.classes(frame) != card["labels"]: raise core.CourseError("the data set asks another question than the model answers", f"{', '.join(core.classes(frame))}; the model knows {', '.join(card['labels'])}", "evaluate it on films labelled with its own classes")
-    if (frame["split"] == "test").any(): frame = frame[frame["split"] == "test"].reset_index(drop=True)
-    _refuse_bad(frame, skip_bad)
-    store = pipelines.build(frame, tuple(card["preprocessing"]["shape"]), skip_bad=skip_bad)
-    for line in store.skipped.get("error", ()): typer.echo(f"skipped: {line}")
-    films = _fingerprints(store)
-    if (run.folder / "films.csv").exists():
-        known = pd.read_csv(run.folder / "films.csv", dtype=str)
-        taught = films["sha256"].isin(known.loc[known["split"] != "test", "sha256"])
-        if taught.any(): typer.echo(f"note: the model has learned from {taught.sum()} of these {len(films)} pictures; they are left out")
-        if taught.all(): raise core.CourseError("the model has learned from every one of these pictures", data, "give it films that it has never seen")
-        store = store.using(films[~taught].drop(columns="sha256").reset_index(drop=True))
-    if "seen" in card:
-        odd = sum(map(bool, prediction.survey(store, card["seen"])))
-        typer.echo(f"{odd} of {len(store)} pictures look unlike the training films")
-    return training.predict(run.model, store)
+def _like(card: dict, data: str, columns: str | None):
+    "Another data set, asked for what a model answers."
+    labels = card["labels"]
+    if card["kind"] == "findings":
+        return _load(data, None, columns, ",".join(labels))
+    return _load(data, len(labels) if len(labels) in (2, 3) else None, columns)
 
 # %% ../nbs/24_cli.ipynb #647fc22f
-@app.command(short_help="Score picture files with a run.")
+@app.command(short_help="Score image files with a run.")
 def predict(
-    run: Annotated[Path, RUN],
-    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Pictures, folders or patterns: PNG, JPEG, TIFF, DICOM, NIfTI, of any size.")],
+    run: Run,
+    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Images, folders or patterns: PNG, "
+            "JPEG, TIFF, DICOM, NIfTI, of any size.")],
     csv: Annotated[Path | None, typer.Option(metavar="FILE.csv", help="Also write a table.")] = None,
-    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Files that cannot be read do not count as a failure; they are listed all the same.")] = False,
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Files that cannot be read do not count as a "
+            "failure; they are listed all the same.")] = False,
 ) -> None:
-    """Score picture files with a trained run. A score is not a diagnosis.
+    """Score image files with a trained run. A score is not a diagnosis.
 
     \b
     Examples
-      cxr-course predict runs/kaggle film.png
+      cxr-course predict runs/kaggle image.png
       cxr-course predict runs/kaggle archive/*.dcm --csv scores.csv
     """
-    if csv is not None and csv.exists(): _refuse_existing(csv)
-    _start_tensorflow()
-    from cxr_course import core, prediction
+    _refuse_existing(csv)
+    from cxr_course import core, job
+    job.start_tensorflow()
+    from cxr_course import prediction
     bundle = prediction.load_bundle(run)
     scored = prediction.predict(bundle, files, skip_bad=True)
-    for row in scored.to_dict("records"): typer.echo(prediction.explain(row, bundle))
+    for row in scored.to_dict("records"):
+        typer.echo(prediction.explain(row, bundle))
     typer.echo("Scores of a model made for teaching. None of them is a diagnosis.", err=True)
     if csv is not None:
-        with core.atomic(csv) as part: scored.dropna(axis=1, how="all").to_csv(part, index=False)
-    for path, why in scored.attrs["bad"]: typer.echo(f"not read: {path}: {why}", err=True)
-    if scored.attrs["bad"] and not skip_bad: raise typer.Exit(2)
+        with core.atomic(csv) as part:
+            scored.dropna(axis=1, how="all").to_csv(part, index=False)
+    for path, why in scored.attrs["bad"]:
+        typer.echo(f"not read: {path}: {why}", err=True)
+    if scored.attrs["bad"] and not skip_bad:
+        raise typer.Exit(2)
 
 # %% ../nbs/24_cli.ipynb #ef7168c0
 class Map(str, Enum):
-    "How a map is made (chapter 18)."
-    cam, gradcam, gradcam_plus, hirescam, ablation, scorecam, alone, occlusion, integrated, slope = "cam", "gradcam", "gradcam++", "hirescam", "ablation", "scorecam", "alone", "occlusion", "integrated", "slope"
+    "How a heat map is made."
+    cam, gradcam, gradcam_plus, hirescam = "cam", "gradcam", "gradcam++", "hirescam"
+    ablation, scorecam, alone = "ablation", "scorecam", "alone"
+    occlusion, integrated, slope = "occlusion", "integrated", "slope"
 
 # %% ../nbs/24_cli.ipynb #87035d47
-@app.command(short_help="Draw where a run looks on a film.")
+@app.command(short_help="Draw where a run looks on an image.")
 def explain(
-    run: Annotated[Path, RUN],
-    images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Pictures, folders or patterns: PNG, JPEG, TIFF, DICOM, NIfTI, of any size.")],
-    out: Annotated[Path, typer.Option(metavar="FILE.png|FOLDER", help="Where to: a .png for one picture, a folder for several; never overwritten.")],
-    finding: Annotated[str | None, typer.Option(metavar="NAME", help="What to look for.", show_default="the run's own answer, picture by picture")] = None,
-    against: Annotated[str | None, typer.Option(metavar="NAME", help="Hold it against this class, NORMAL for instance; for runs of three classes and more.", show_default=False)] = None,
-    method: Annotated[Map, typer.Option(help="Which kind of map.")] = Map.gradcam,
+    run: Run,
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Images, folders or patterns: PNG, "
+            "JPEG, TIFF, DICOM, NIfTI, of any size.")],
+    out: Annotated[Path, typer.Option(metavar="FILE.png|FOLDER", help="Where to: a .png for one image, a "
+            "folder for several; never overwritten.")],
+    finding: Annotated[str | None, typer.Option(metavar="NAME", help="What to look for.",
+                                                show_default="the run's own answer, image by image")] = None,
+    against: Annotated[str | None, typer.Option(metavar="NAME", help="Hold it against this class, NORMAL for "
+            "instance; for runs of three classes and more.", show_default=False)] = None,
+    method: Annotated[Map, typer.Option(help="Which kind of heat map.")] = Map.gradcam,
 ) -> None:
-    """Show where on a film a trained run finds its evidence. A map is not a diagnosis, and a bright spot is not a finding.
+    """Show where on an image a trained run finds its evidence. A heat map is not a diagnosis, and a bright
+    spot is not a finding.
 
     \b
     Examples
-      cxr-course explain runs/kaggle film.png --finding PNEUMONIA --out overlay.png
+      cxr-course explain runs/kaggle image.png --finding PNEUMONIA --out overlay.png
       cxr-course explain runs/kaggle archive/ --method occlusion --out overlays
     """
-    if out.exists(): _refuse_existing(out)
-    _start_tensorflow()
-    from cxr_course import cnn, core, gradcam, prediction
+    _refuse_existing(out)
+    from cxr_course import core, job
+    job.start_tensorflow()
+    from cxr_course import gradcam, prediction
     bundle, paths = prediction.load_bundle(run), prediction.expand(images)
-    rows, cols = cnn.features(bundle.model).output_shape[1:3] if method.value not in ("occlusion", "integrated", "slope") else (99, 99)
-    if min(rows, cols) < 5: typer.echo(f"note: the last maps of this network have {rows} x {cols} places, too few to point with; train on larger films, or try --method occlusion", err=True)
-    if out.suffix.lower() == ".png" and len(paths) > 1: raise core.CourseError(f"{len(paths)} pictures do not fit into one file", out, "name a folder with --out")
-    found = core.progress(gradcam.explain_files(bundle.model, bundle.classes, paths, finding, method.value, against, bundle.findings), "explaining", len(paths))
-    for r in gradcam.save_overlays(found, out, method.value).to_dict("records"):
-        typer.echo(f"{r['picture']}: {r['finding']}, score {r['probability']:.3f}{', nothing on the film speaks for it' if r['empty'] else ''} -> {r['overlay']}")
-    typer.echo("Maps of a model made for teaching. None of them is a diagnosis.", err=True)
+    _warn_coarse(bundle.model, method.value)
+    if out.suffix.lower() == ".png" and len(paths) > 1:
+        raise core.CourseError(f"{len(paths)} images do not fit into one file", out,
+                               "name a folder with --out")
+    found = gradcam.explain_files(bundle.model, bundle.classes, paths, finding, method.value, against,
+                                  bundle.findings)
+    for r in gradcam.save_overlays(core.progress(found, "explaining", len(paths)), out,
+                                   method.value).to_dict("records"):
+        empty = ", nothing on the image speaks for it" if r["empty"] else ""
+        typer.echo(f"{r['picture']}: {r['finding']}, score {r['probability']:.3f}{empty} -> {r['overlay']}")
+    typer.echo("Heat maps of a model made for teaching. None of them is a diagnosis.", err=True)
+
+# %% ../nbs/24_cli.ipynb #ec467940
+def _warn_coarse(model, method: str) -> None:
+    "Say when the last feature maps of a network are too coarse to point with."
+    if method in ("occlusion", "integrated", "slope"):
+        return
+    from cxr_course import cnn
+    rows, cols = cnn.features(model).output_shape[1:3]
+    if min(rows, cols) < 5:
+        typer.echo(f"note: the last feature maps of this network have {rows} x {cols} places, too few to "
+                "point with; "
+                   "train on larger images, or try --method occlusion", err=True)
 
 # %% ../nbs/24_cli.ipynb #845e9f93
 def _announce(verdict, out: Path | None) -> None:
     "Print a verdict, save it if asked, and end with 1 if there is a shift."
     typer.echo(repr(verdict))
-    if out: typer.echo(f"\nThe page to read is {verdict.save(out) / 'index.html'}")
-    if verdict.shift: raise typer.Exit(1)
+    if out:
+        typer.echo(f"\nThe page to read is {verdict.save(out) / 'index.html'}")
+    if verdict.shift:
+        raise typer.Exit(1)
 
 # %% ../nbs/24_cli.ipynb #4f052030
-@app.command(short_help="Have the films changed since a run was checked?")
+@app.command(short_help="Have the images changed since a run was checked?")
 def shift(
-    run: Annotated[Path, RUN],
-    data: Annotated[Path, typer.Option(metavar="FOLDER", help="Films that arrived: a data set of any layout, or any folder of pictures. Labels are not needed and not used.")],
-    out: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Also save the verdict as a page, a figure and tables; never overwritten.")] = None,
-    level: Annotated[float, typer.Option(min=.001, max=.5, help="Share of false alarms to put up with.")] = .05,
-    limit: Annotated[int, typer.Option(min=10, help="Patients of each side that are compared, drawn by lot.")] = 500,
-    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Go on without files that cannot be read.")] = False,
+    run: Run,
+    data: Annotated[str, typer.Option(metavar="FOLDER", help="Images that arrived: a data set of any layout, "
+            "or any folder of images. Labels are not needed and not used.")],
+    out: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Also save the verdict as a page, a plot "
+            "and tables; never overwritten.")] = None,
+    level: Annotated[float, typer.Option(min=.001, max=.5,
+                                         help="Share of false alarms to put up with.")] = .05,
+    limit: Annotated[int, typer.Option(min=10, help="Patients of each side that are compared, drawn at "
+            "random.")] = 500,
+    skip_bad: SkipBad = False,
 ) -> None:
-    """Compare new films with those a run was checked with, without any label. Exit code 0: no shift found; 1: a shift was found; 2: it could not be told.
+    """Compare new images with those a run was checked with, without any label. Exit code 0: no shift found;
+    1: a shift was found; 2: it could not be told.
 
-    Patients are shuffled, so films of one patient do not count as independent. No shift found is no proof that there is none.
+    Patients are shuffled, so images of one patient do not count as independent. No shift found is no proof
+    that there is none.
 
     \b
     Examples
-      cxr-course shift runs/kaggle --data path/to/new_films
-      cxr-course shift runs/kaggle --data path/to/new_films --out verdict || echo "look at the films"
+      cxr-course shift runs/kaggle --data path/to/new_images
+      cxr-course shift runs/kaggle --data path/to/new_images --out verdict || echo "look at the images"
     """
-    if out is not None and out.exists(): _refuse_existing(out)
-    _start_tensorflow()
+    _refuse_existing(out)
+    from cxr_course import job
+    job.start_tensorflow()
     from cxr_course import shift as shifts
     _announce(shifts.monitor(run, data, level, limit=limit, skip_bad=skip_bad), out)
 
 # %% ../nbs/24_cli.ipynb #d6f5ee78
 @app.command(short_help="Run system A's eight models, one change each.")
 def experiments(
-    data: Annotated[str, typer.Option(metavar="NAME|FOLDER", help="A data set with healthy, bacterial and viral films.")] = "sample",
-    out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the runs go; what is finished there is kept.")] = Path("runs/experiments"),
-    seeds: Annotated[int, typer.Option(min=1, help="Each model so many times.")] = 3,
-    epochs: Annotated[int, typer.Option(min=1, help="Passes over the training films, at most. System A: 80.")] = 15,
-    scale: Annotated[float, typer.Option(min=.2, max=2., help="Of the films; 1 is system A's 129 x 180.")] = .5,
-    films: Annotated[int | None, typer.Option(min=1, help="Training films of each class; model A7 takes twice as many.", show_default="half of what there is")] = None,
-    only: Annotated[list[str] | None, typer.Option(metavar="NAME", help="Only this model; may be repeated.", show_default="all eight")] = None,
-    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Go on without files that cannot be read.")] = False,
+    data: Annotated[str, typer.Option(metavar="NAME|FOLDER", help="A data set with healthy, bacterial and "
+            "viral images.")] = "sample",
+    out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the runs go; what is finished there is "
+            "kept.")] = Path("runs/experiments"),
+    seeds: Annotated[int, typer.Option(min=1, help="Each model so many times, each time with another random "
+            "seed.")] = 3,
+    epochs: Annotated[int, typer.Option(min=1,
+                                        help="Passes over the training images, at most. System A: 80.")] = 15,
+    scale: Annotated[float, typer.Option(min=.2, max=2., help="Size of the images; 1 is system A's 129 x "
+            "180.")] = .5,
+    images: Annotated[int | None, typer.Option(min=1, help="Training images of each class; model A7 takes "
+            "twice as many.", show_default="half of what there is")] = None,
+    only: Annotated[list[str] | None, typer.Option(metavar="NAME", help="Only this model; may be repeated.",
+                                                   show_default="all eight")] = None,
+    columns: Columns = None,
+    skip_bad: SkipBad = False,
 ) -> None:
     """Repeat system A's eight experiments and say which changes made a difference.
 
@@ -721,31 +683,40 @@ def experiments(
     Example
       cxr-course experiments --data sample
     """
-    frame, said = arrange(_load(data, 3), 0, "picture")
-    _refuse_bad(frame, skip_bad)
-    most = int(frame.loc[frame["split"] == "train", "label"].value_counts().min())
-    typer.echo("\n".join([f"{data}: {len(frame):,} pictures", *(f"  {s}" for s in said)]))
-    _start_tensorflow()
+    from cxr_course import job
+    frame, said = job.arrange(_load(data, 3, columns))
+    typer.echo("\n".join([f"{data}: {len(frame):,} images", *(f"  {line}" for line in said)]))
+    job.start_tensorflow()
     from cxr_course import experiments as lab
-    chain = lab.system_a(films or most // 2, min(2 * (films or most // 2), most), scale, epochs)
-    _compare(lab, lab.run([e for e in chain if not only or e.name in only], frame, out, range(seeds), unknown="picture", skip_bad=skip_bad), out)
+    most = int(frame.loc[frame["split"] == "train", "label"].value_counts().min())
+    images = images or most // 2
+    chain = [e for e in lab.system_a(images, min(2 * images, most), scale,
+                                     epochs) if not only or e.name in only]
+    _compare(lab.run(chain, frame, out, range(seeds), skip_bad=skip_bad, say=typer.echo), out)
 
 # %% ../nbs/24_cli.ipynb #17d4b862
-def _compare(lab, folder: Path, out: Path) -> None:
+def _compare(folder: Path, out: Path) -> None:
     "Print and save the tables of a list of experiments."
     from cxr_course import core
+    from cxr_course import experiments as lab
     runs, gains = lab.collect(folder), lab.differences(folder)
     typer.echo(repr(core.table(lab.summary(runs))))
-    with core.atomic(out / "runs.csv") as part: runs.to_csv(part, index=False)
+    with core.atomic(out / "runs.csv") as part:
+        runs.to_csv(part, index=False)
     if len(gains):
-        typer.echo("\n" + repr(core.table(gains, "gain in AUC over the model it changes, 95 % interval over patients and seeds")))
-        with core.atomic(out / "differences.csv") as part: gains.to_csv(part, index=False)
-        with core.atomic(out / "differences.png") as part: lab.plot_differences(gains).savefig(part, dpi=120, format="png")
+        typer.echo("\n" + repr(core.table(gains, "gain in AUC over the model it changes, 95 % interval over "
+                "patients and seeds")))
+        with core.atomic(out / "differences.csv") as part:
+            gains.to_csv(part, index=False)
+        with core.atomic(out / "differences.png") as part:
+            lab.plot_differences(gains).savefig(part, dpi=120, format="png")
 
+# %% ../nbs/24_cli.ipynb #771bccbe
 @app.command(short_help="Write down what several runs reached.")
 def record(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Finished runs that differ in the seed only.")],
-    data: Annotated[str, typer.Option(metavar="WORDS", help="Which films, in words.")],
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Finished runs that differ in the seed "
+            "only.")],
+    data: Annotated[str, typer.Option(metavar="WORDS", help="Which images, in words.")],
     command: Annotated[str, typer.Option(metavar="WORDS", help="What made the runs.")],
     out: Annotated[Path, typer.Option(metavar="FILE.json", help="Where to.")],
 ) -> None:
@@ -753,10 +724,10 @@ def record(
 
     \b
     Example
-      cxr-course record runs/k0 runs/k1 runs/k2 --data "my films" --command "cxr-course train ..." --out results/mine.json
+      cxr-course record runs/k0 runs/k1 --data "my images" --command "cxr-course train ..." --out mine.json
     """
-    _start_tensorflow()
-    from cxr_course import core
+    from cxr_course import core, job
+    job.start_tensorflow()
     from cxr_course import experiments as lab
     lab.record(runs, out, data, command)
     typer.echo(repr(core.table(lab.recorded(out.parent))))
@@ -772,95 +743,126 @@ class Room(str, Enum):
 
 @app.command(short_help="Search for a better network within a budget.")
 def tune(
-    data: Annotated[str, typer.Option(metavar="NAME|FOLDER", help="'sample' (simulated films), 'sample-nih', 'sample-covid', or a folder, .csv or .npz of your own.")] = "sample",
-    method: Annotated[Method, typer.Option(help="random: by lot. hyperband: many for a short time, the better ones longer. bayesian: where earlier trials promise most.")] = Method.bayesian,
-    trials: Annotated[int, typer.Option(min=1, help="Networks to try; hyperband spends the same epochs on more and shorter trials.")] = 20,
-    epochs: Annotated[int, typer.Option(min=1, help="Passes over the training films for one network, at most.")] = 9,
-    minutes: Annotated[float | None, typer.Option(min=.1, help="No trial starts after so long; earlier sittings count.", show_default="no limit")] = None,
+    data: Data = "sample",
+    method: Annotated[Method, typer.Option(help="random: at random. hyperband: many for a short time, the "
+            "better ones longer. bayesian: where earlier trials promise most.")] = Method.bayesian,
+    trials: Annotated[int, typer.Option(min=1, help="Networks to try; hyperband spends the same epochs on "
+            "more and shorter trials.")] = 20,
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the training images for one network, at "
+            "most.")] = 9,
+    minutes: Annotated[float | None, typer.Option(min=.1, help="No trial starts after so long; earlier "
+            "sittings count.", show_default="no limit")] = None,
     out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the search goes.")] = Path("runs/search"),
-    size: Annotated[str, typer.Option(metavar="PIXELS", help="Films are cropped and shrunk to this: 64, or HEIGHTxWIDTH. System E: 180.")] = "64",
-    space: Annotated[Room, typer.Option(help="system-e: 32 to 256 filters. small: a quarter of them, for a laptop.")] = Room.system_e,
-    executions: Annotated[int, typer.Option(min=1, help="Trainings of each network with different seeds; their mean counts.")] = 1,
-    folds: Annotated[int | None, typer.Option(min=2, help="Judge on so many folds by patient instead of on val.", show_default="val")] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Films a step.")] = 32,
-    seed: Annotated[int, typer.Option(help="Same seed, same search.")] = 0,
-    classes: Annotated[int | None, CLASSES] = None,
-    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Go on without files that cannot be read; they are listed.")] = False,
-    unknown: Annotated[Unknown, typer.Option(help="Films without a patient: take each examination or picture for a patient, or refuse.")] = Unknown.picture,
-    resplit: Annotated[bool, typer.Option("--resplit", help="Forget the data set's own train, val and test; cut anew by patient.")] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue a search that was killed, or give it more trials or minutes.")] = False,
+    size: Annotated[str, typer.Option(metavar="PIXELS", help="Images are cropped and resized to this: 64, or "
+            "HEIGHTxWIDTH. System E: 180.")] = "64",
+    space: Annotated[Room, typer.Option(help="system-e: 32 to 256 filters. small: a quarter of them, for a "
+            "laptop.")] = Room.system_e,
+    executions: Annotated[int, typer.Option(min=1, help="Trainings of each network with different random "
+            "seeds; their mean counts.")] = 1,
+    folds: Annotated[int | None, typer.Option(min=2, help="Judge on so many folds by patient instead of on "
+            "val.", show_default="val")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Batch size: images a step.")] = 32,
+    seed: Seed = 0,
+    classes: Classes = None,
+    columns: Columns = None,
+    skip_bad: SkipBad = False,
+    unknown: Strangers = Unknown.image,
+    resplit: Resplit = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue a search that was killed, or give it "
+            "more trials or minutes.")] = False,
 ) -> None:
     """Search for a better network, say what the search is worth, and train the winner.
 
-    Validation films choose; the test films judge the winner once, at the end. A trial that fails is recorded and passed over.
+    Validation images choose; the test images judge the winner once, at the end. A trial that fails is
+    recorded and passed over.
 
     \b
     Examples
       cxr-course tune --method random --trials 12 --space small
-      cxr-course tune --data path/to/chest_xray --method bayesian --trials 20 --minutes 240 --out runs/search
-      cxr-course tune --data path/to/chest_xray --method bayesian --trials 20 --minutes 240 --out runs/search --resume
+      cxr-course tune --data path/to/chest_xray --trials 20 --minutes 240 --out runs/search
+      cxr-course tune --data path/to/chest_xray --trials 20 --minutes 240 --out runs/search --resume
     """
-    if (out / "plan.json").exists() and not resume: _refuse_search(out)
-    shape, strict = _shape(size), "raise" if unknown == Unknown.refuse else "picture"
-    frame = _films(data, classes, seed, strict, resplit, skip_bad, shape)
-    _start_tensorflow()
-    from cxr_course import pipelines, tuning
-    store = pipelines.build(frame, shape, skip_bad=skip_bad)
-    options = dict(trials=trials, epochs=epochs, minutes=minutes, executions=executions, folds=folds, seed=seed, batch=batch, unknown=strict, resume=resume)
-    try: found = tuning.search(method.value, store, out, space=tuning.SMALL if space == Room.small else tuning.SYSTEM_E, **options)
+    if not resume:
+        _refuse_search(out)
+    shape = _shape(size)
+    frame = _load(data, classes, columns, unknown=unknown.value)
+    from cxr_course import job
+    typer.echo(f"{data}:")
+    store = job.prepare(frame, shape, seed=seed, resplit=resplit, skip_bad=skip_bad, say=typer.echo)
+    job.start_tensorflow()
+    from cxr_course import tuning
+    options = dict(trials=trials, epochs=epochs, minutes=minutes, executions=executions, folds=folds,
+                   seed=seed, batch=batch, resume=resume)
+    try:
+        found = tuning.search(method.value, store, out,
+                              space=tuning.SMALL if space == Room.small else tuning.SYSTEM_E, **options)
     except KeyboardInterrupt:
         typer.echo("\nstopped by Ctrl-C; finished trials are kept: add --resume to go on", err=True)
         raise typer.Exit(130) from None
     _tell_search(found, out)
-    _train_winner(store, out, seed, skip_bad)
+    _train_winner(store, out, seed + 1000, epochs, batch)
 
 # %% ../nbs/24_cli.ipynb #735546a1
 def _refuse_search(out: Path) -> None:
-    from cxr_course.core import CourseError
-    raise CourseError("a search lies here already", out, "add --resume to continue it, or name another folder")
+    if (out / "plan.json").exists():
+        from cxr_course.core import CourseError
+        raise CourseError("a search lies here already", out, "add --resume to continue it, or name another "
+                "folder")
 
 def _tell_search(found, out: Path) -> None:
-    "The best trials, what mattered, and what the winner's figure is worth; the same as files."
-    from cxr_course import core, tuning
-    with core.atomic(out / "trials.csv") as part: found.to_csv(part, index=False)
+    "The best trials, what mattered, and what the winner's AUC is worth; the same as files."
+    from cxr_course import core, tuning, tuning_plots
+    with core.atomic(out / "trials.csv") as part:
+        found.to_csv(part, index=False)
     shown = found.sort_values("score", ascending=False).drop(columns=["runs", "asked", "of"]).head(10)
-    typer.echo("\n" + repr(core.table(shown.assign(lr=shown["lr"].map("{:.1e}".format)), f"the best of {len(found)} trials", index=False)))
-    figures = {"parallel": tuning.plot_parallel(found)}
+    shown = shown.assign(lr=shown["lr"].map("{:.1e}".format))
+    typer.echo("\n" + repr(core.table(shown, f"the best of {len(found)} trials", index=False)))
+    plots = {"parallel": tuning_plots.plot_parallel(found)}
     if (found[found["status"] == "done"]["asked"] == found["asked"].max()).sum() >= 3:
-        shares = tuning.importance(found)
-        typer.echo("\n" + repr(core.table(shares, "share of the variation between trials; what is no longer than the die's says nothing", digits=2)))
-        figures["importance"] = tuning.plot_importance(shares)
-    for name, figure in figures.items():
-        with core.atomic(out / f"{name}.png") as part: figure.savefig(part, dpi=120, format="png")
-    typer.echo(f"\n{tuning.caution(out)}\nTensorBoard's page of hyperparameters: tensorboard --logdir {out / 'logs'}")
+        shares = tuning_plots.importance(found)
+        caption = "share of the variation between trials; what is no longer than the die's says nothing"
+        typer.echo("\n" + repr(core.table(shares, caption, digits=2)))
+        plots["importance"] = tuning_plots.plot_importance(shares)
+    for name, plot in plots.items():
+        with core.atomic(out / f"{name}.png") as part:
+            plot.savefig(part, dpi=120, format="png")
+    typer.echo(f"\n{tuning.caution(out)}\nTensorBoard's page of hyperparameters: tensorboard --logdir "
+            f"{out / 'logs'}")
 
 # %% ../nbs/24_cli.ipynb #60fe7ac1
-def _train_winner(store, out: Path, seed: int, skip_bad: bool) -> None:
+def _train_winner(store, out: Path, seed: int, epochs: int, batch: int) -> None:
     "The winner as an ordinary run under OUT/best, unless it is there."
-    from cxr_course import prediction, training, tuning, transfer
-    run, won = out / "best", tuning.spec_of(tuning.best(tuning.trials(out)))
+    from cxr_course import cnn, job, training, tuning
+    run, row = out / "best", tuning.best(tuning.trials(out))
+    won = tuning.spec_of(row)
     if run.exists():
-        conv = training.load_run(run).card["model"]["spec"]["conv"]
-        typer.echo(f"\n{run} is there already and stays as it is" + ("" if conv == list(won.conv) else "; it was trained from an earlier winner: rename it and repeat the command to train the present one"))
+        same = cnn.describe(training.load_run(run).model).conv == won.conv
+        other = "it was trained from an earlier winner: rename it and repeat the command for the present one"
+        typer.echo(f"\n{run} is there already and stays as it is" + ("" if same else f"; {other}"))
         return
-    tuning.retrain(out, store, run, seed=seed + 1000, resume=transfer.killed(run))
-    prediction.finish(run, store)
-    _remember(store, run)
-    _done(training.load_run(run), run)
+    made = job.train_job(store, run, model=won, name="tuned", lr=float(row["lr"]), epochs=epochs, batch=batch,
+                         patience=3, seed=seed,
+                         resume=job.can_resume(run), say=typer.echo)
+    _done(made, run)
 
 # %% ../nbs/24_cli.ipynb #4c19d867
-@app.command(short_help="Train on several processes or machines; survives the death of one.", context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
+@app.command(short_help="Train on several processes or machines; survives the death of one.",
+             context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
 def launch(
-    words: Annotated[list[str], typer.Argument(metavar="train ...", help="The training command with its options; it needs --out.")],
+    words: Annotated[list[str], typer.Argument(metavar="train ...", help="The training command with its "
+            "options; it needs --out.")],
     workers: Annotated[int, typer.Option(min=2, max=64, help="Processes on this machine.")] = 2,
-    hosts: Annotated[str | None, typer.Option(metavar="NAME:PORT,...", help="Machines instead, the one that writes first; each needs this port and the next.", show_default=False)] = None,
-    here: Annotated[int | None, typer.Option(min=0, help="Which of the hosts this machine is, from 0.", show_default=False)] = None,
+    hosts: Annotated[str | None, typer.Option(metavar="NAME:PORT,...", help="Machines instead, the one that "
+            "writes first; each needs this port and the next.", show_default=False)] = None,
+    here: Annotated[int | None, typer.Option(min=0, help="Which of the hosts this machine is, from 0.",
+                                             show_default=False)] = None,
     wait: Annotated[float, typer.Option(min=.1, help="Seconds to wait for the others.")] = 60.,
     restarts: Annotated[int, typer.Option(min=0, help="How often to start again after a worker died.")] = 3,
 ) -> None:
     """Train on several processes or machines, and go on from the last epoch when one of them dies.
 
-    The result is the run of one process. Unequal code or films, a taken port or a machine that does not come are told within seconds.
+    The result is the run of one process. Unequal code or images, a taken port or a machine that does not come
+    are told within seconds.
 
     \b
     Examples
@@ -872,8 +874,11 @@ def launch(
     from cxr_course.core import CourseError
     if words[0] != "train": raise CourseError(f"{words[0]!r} cannot be launched", None, "only 'train' can")
     names = hosts.split(",") if hosts else []
-    if not names: typer.echo("\n".join(["On machines of your own the same would be:", *(f"  {line}" for line in scaling.commands(words, [f"host{i + 1}:7801" for i in range(workers)])), ""]))
-    if code := scaling.launch(words, workers, names, here, restarts, wait, say=typer.echo): raise typer.Exit(code)
+    if not names: typer.echo("\n".join(["On machines of your own the same would be:",
+                                        *(f"  {line}" for line in scaling.commands(words,
+                                                [f"host{i + 1}:7801" for i in range(workers)])), ""]))
+    if code := scaling.launch(words, workers, names, here, restarts, wait,
+                              say=typer.echo): raise typer.Exit(code)
 
 # %% ../nbs/24_cli.ipynb #fa31fa39
 if __name__ == "__main__" and "__file__" in globals(): app(prog_name="cxr-course")

@@ -7,19 +7,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from . import cnn, evaluation, pipelines, splits, training, transfer
-from .core import PALETTE, CourseError, atomic, classes, patients, rng
+from . import cnn, evaluation, job, preparing, splits, training
+from .core import PALETTE, CourseError, Task, atomic, groups, rng
 
 # %% auto #0
-__all__ = ['Experiment', 'after', 'system_a', 'prepare', 'run', 'macro', 'figures', 'collect', 'summary', 'differences',
-           'plot_differences', 'record', 'recorded']
+__all__ = ['Experiment', 'after', 'system_a', 'subsample_training', 'run', 'macro', 'figures', 'collect', 'summary',
+           'differences', 'plot_differences', 'record', 'recorded']
 
 # %% ../nbs/17_experiments.ipynb #61ec92be
 @dataclass(frozen=True)
@@ -29,9 +29,9 @@ class Experiment:
     change: str = "the start" # in words, against `parent`
     parent: str | None = None # the experiment it changes
     model: str = "a1" # a name of `cnn.SPECS`
-    shape: tuple[int, int] = (129, 180) # (h, w) of the films
-    films: int | None = None # training films of each class; None: all there are
-    options: dict = field(default_factory=dict) # for `training.fit`
+    shape: tuple[int, int] = (129, 180) # (h, w) of the images
+    images: int | None = None # training images of each class; None: all there are
+    options: dict = field(default_factory=dict) # for `train_job`: epochs, lr, loss, recipe, smoothing ...
 
 # %% ../nbs/17_experiments.ipynb #3ea5c1d4
 def after(
@@ -43,86 +43,117 @@ def after(
     "The parent with one change."
     options = parent.options | values.pop("options", {})
     changed = replace(parent, name=name, change=change, parent=parent.name, options=options, **values)
-    if (changed.model, changed.shape, changed.films, changed.options) == (parent.model, parent.shape, parent.films, parent.options):
-        raise CourseError(f"the experiment {name!r} changes nothing", f"after {parent.name!r}", "give the field that differs: model, shape, films or options")
+    if (changed.model, changed.shape, changed.images, changed.options) == (parent.model, parent.shape,
+            parent.images, parent.options):
+        raise CourseError(f"the experiment {name!r} changes nothing", f"after {parent.name!r}",
+                          "give the field that differs: model, shape, images or options")
     return changed
 
 # %% ../nbs/17_experiments.ipynb #92036dfc
 def system_a(
-    films: int | None = None, # training films of each class in models 1 to 6 and 8
+    images: int | None = None, # training images of each class in models 1 to 6 and 8
     more: int | None = None, # and in model 7; system A had 800
-    scale: float = 1., # of the films; 1 is 129 x 180
+    scale: float = 1., # of the images; 1 is 129 x 180
     epochs: int = 80, # at most
 ) -> list[Experiment]: # its eight models, each one change after another
     "The eight experiments of system A."
     size = lambda h, w: (round(h * scale), round(w * scale))
-    one = Experiment("A1", model="a1", shape=size(129, 180), films=films, options=dict(epochs=epochs, batch=30, lr=.01))
+    one = Experiment("A1", model="a1", shape=size(129, 180), images=images,
+                     options=dict(epochs=epochs, batch=30, lr=.01))
     two = after(one, "A2", "RMSprop instead of SGD", model="a2", options=dict(lr=.001))
     three = after(two, "A3", "dropout .2", model="a3")
     four = after(three, "A4", "L2 penalty .005", model="a4")
     five = after(four, "A5", "one block fewer, dense layer of 64", model="a5")
-    return [one, two, three, four, five, after(five, "A6", "larger films", model="a6", shape=size(172, 240)),
-            after(five, "A7", "more training films", model="a7", films=more), after(five, "A8", "L2 penalty .008", model="a8")]
+    return [one, two, three, four, five, after(five, "A6", "larger images", model="a6", shape=size(172, 240)),
+            after(five, "A7", "more training images", model="a7", images=more),
+            after(five, "A8", "L2 penalty .008", model="a8")]
 
 # %% ../nbs/17_experiments.ipynb #1c1f985e
-def prepare(
-    frame: pd.DataFrame, # films with validation and test already cut off
-    films: int | None, # of each class for training; None: all
+def subsample_training(
+    frame: pd.DataFrame, # images with validation and test already cut off
+    images: int | None, # of each class for training; None: all
     seed: int = 0, # which patients are drawn
-) -> pd.DataFrame: # the same validation and test, fewer training films
-    "Take so many training films of each class, patient by patient, and leave validation and test alone."
-    if films is None: return frame
+) -> pd.DataFrame: # the same validation and test, fewer training images
+    "Take so many training images of each class, patient by patient, and leave validation and test alone."
+    if images is None:
+        return frame
     train, rest = frame[frame["split"] == "train"], frame[frame["split"] != "train"]
-    keys = patients(train, "picture")
-    order = pd.Series({k: rng(seed, "prepare", k).random() for k in keys.unique()})
-    chosen = train.assign(order=keys.map(order)).sort_values(["order", "path"]).groupby("label", observed=True)
-    short = chosen.size()
-    if (short < films).any(): raise CourseError(f"there are not {films} training films of each class", ", ".join(f"{c}: {n}" for c, n in short.items()), f"ask for {short.min()} at most")
-    return pd.concat([frame.loc[chosen.head(films).index.sort_values()], rest])
+    keys = groups(train)
+    order = pd.Series({key: rng(seed, "prepare", key).random() for key in keys.unique()})
+    drawn = train.assign(order=keys.map(order)).sort_values(["order", "path"]).groupby("label", observed=True)
+    there = drawn.size()
+    if (there < images).any():
+        counts = ", ".join(f"{label}: {n}" for label, n in there.items())
+        raise CourseError(f"there are not {images} training images of each class", counts,
+                          f"ask for {there.min()} at most")
+    return pd.concat([frame.loc[drawn.head(images).index.sort_values()], rest])
 
 # %% ../nbs/17_experiments.ipynb #c37e0531
 def run(
     experiments: Iterable[Experiment], # the list; names must differ
-    frame: pd.DataFrame, # films with splits train, val and test
+    frame: pd.DataFrame, # images with their truth; splits that are missing are cut by patient
     folder: str | Path, # where the run folders go; one that is there is continued
     seeds: Iterable[int] = (0, 1, 2), # each experiment is repeated with each
-    unknown: str = "raise", # films without patient: 'raise' or 'picture'
-    skip_bad: bool = False, # leave out films that cannot be read
+    *,
+    skip_bad: bool = False, # leave out images that cannot be read
+    say: Callable[[str], None] = print, # told what was decided about the images
 ) -> Path: # the folder, for `collect`
     "Run what is not yet run, each experiment and seed into a run folder of its own."
-    experiments, folder = list(experiments), Path(folder)
-    names = [e.name for e in experiments]
-    if twice := {n for n in names if names.count(n) > 1}: raise CourseError("two experiments have one name", ", ".join(sorted(twice)), "rename one of them")
-    splits.refuse_leakage(frame, unknown=unknown)
+    experiments, folder, stores = list(experiments), Path(folder), {}
+    _refuse_twice([e.name for e in experiments])
+    frame, said = preparing.arrange(frame)
+    for line in said:
+        say(line)
     _remember(experiments, frame, folder)
     for seed in seeds:
         for e in experiments:
             target = folder / e.name / f"seed-{seed}"
-            if (target / "card.json").exists(): continue
-            part = prepare(frame, e.films, seed=0)
-            store = pipelines.build(part, e.shape, skip_bad=skip_bad)
-            model = cnn.build(e.model, (*e.shape, 1), training._outputs(part), seed=seed)
-            training.fit(model, store, run=target, seed=seed, unknown=unknown, name=e.name, resume=transfer.killed(target), **e.options)
+            if target.exists():
+                continue
+            if e.shape not in stores:
+                stores[e.shape] = preparing.open_store(frame, e.shape, skip_bad=skip_bad, say=say)
+            _run_one(e, seed, stores[e.shape], target)
     return folder
+
+# %% ../nbs/17_experiments.ipynb #4aca73bd
+def _refuse_twice(names: list[str]) -> None:
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise CourseError("two experiments have one name", ", ".join(sorted(twice)), "rename one of them")
+
+def _run_one(e: Experiment, seed: int, store, target: Path) -> None:
+    "One experiment with one seed; Ctrl-C ends the list, and keeps the best model of this run."
+    images = store.using(subsample_training(store.frame, e.images))
+    done = job.train_job(images, target, model=e.model, name=e.name, seed=seed, resume=job.can_resume(target),
+                         say=lambda line: None, **(dict(patience=8) | e.options))
+    if done.card["interrupted"]:
+        raise KeyboardInterrupt
 
 # %% ../nbs/17_experiments.ipynb #24e7e1fb
 def _remember(experiments: list[Experiment], frame: pd.DataFrame, folder: Path) -> None:
     "Write down what the list was; refuse to mix it with another one."
-    films = sorted(zip(map(str, frame["path"]), map(str, frame["split"])))
-    now = json.loads(json.dumps(dict(films=hashlib.blake2b(repr(films).encode(), digest_size=8).hexdigest(), experiments={e.name: asdict(e) for e in experiments})))
+    rows = sorted(zip(map(str, frame["path"]), map(str, frame["split"])))
+    mark = hashlib.blake2b(repr(rows).encode(), digest_size=8).hexdigest()
+    now = json.loads(json.dumps(dict(images=mark, experiments={e.name: asdict(e) for e in experiments})))
     file = folder / "experiments.json"
     if file.exists():
         then = json.loads(file.read_text(encoding="utf-8"))
         changed = [n for n, e in now["experiments"].items() if then["experiments"].get(n, e) != e]
-        if then["films"] != now["films"]: raise CourseError("this folder holds experiments on other films or other splits", folder, "use another folder")
-        if changed: raise CourseError("an experiment has changed since it was run here", f"{folder}: {', '.join(changed)}", "give the changed one a new name, or use another folder")
+        if then["images"] != now["images"]:
+            raise CourseError("this folder holds experiments on other images or other splits", folder,
+                              "use another folder")
+        if changed:
+            raise CourseError("an experiment has changed since it was run here",
+                              f"{folder}: {', '.join(changed)}",
+                              "give the changed one a new name, or use another folder")
         now["experiments"] = then["experiments"] | now["experiments"]
-    with atomic(file) as part: part.write_text(json.dumps(now, indent=1), encoding="utf-8")
+    with atomic(file) as part:
+        part.write_text(json.dumps(now, indent=1), encoding="utf-8")
 
 # %% ../nbs/17_experiments.ipynb #41c8bb94
 def _plan(folder: Path) -> dict[str, dict]:
     "The list of experiments that a folder was filled from."
-    if not (folder / "experiments.json").exists(): raise CourseError("no experiments were run here", folder, "give the folder that `run` filled")
+    if not (folder / "experiments.json").exists():
+        raise CourseError("no experiments were run here", folder, "give the folder that `run` filled")
     return json.loads((folder / "experiments.json").read_text(encoding="utf-8"))["experiments"]
 
 # %% ../nbs/17_experiments.ipynb #6c7ace56
@@ -135,39 +166,57 @@ def macro(
 # %% ../nbs/17_experiments.ipynb #e8d38660
 def figures(
     predictions: pd.DataFrame, # of one split
-    unknown: str = "raise", # films without patient: 'raise' or 'picture'
 ) -> dict[str, float]: # AUC (mean over classes), accuracy, healthy against sick, and the recall of each class
     "What system A reported, and the AUC."
-    kinds, said = evaluation.errors(predictions, unknown=unknown)["share"].map(lambda e: e.value), evaluation.decide(predictions)
+    kinds = evaluation.errors(predictions)["share"].map(lambda e: e.value)
     right = kinds.get("right class", kinds["right, sick or healthy"])
-    recall = {f"recall {c}": float((said[predictions["label"] == c] == c).mean()) for c in classes(predictions)}
-    return dict(auc=macro(predictions), accuracy=right, binary=kinds["right, sick or healthy"], **recall)
+    return dict(auc=macro(predictions), accuracy=right, binary=kinds["right, sick or healthy"],
+                **_recalls(predictions))
+
+# %% ../nbs/17_experiments.ipynb #526e2705
+def _recalls(predictions: pd.DataFrame, threshold=None) -> dict[str, float]:
+    said, labels = evaluation.decide(predictions, threshold), predictions["label"]
+    return {f"recall {c}": float((said[labels == c] == c).mean()) for c in Task.of(predictions).names}
 
 # %% ../nbs/17_experiments.ipynb #049f8b59
 def collect(
     folder: str | Path, # where `run` put its run folders
     split: str = "test", # or 'val'
-) -> pd.DataFrame: # one row a run: experiment, seed, parent, change, parameters, epochs, seconds, and the figures
+) -> pd.DataFrame: # one row a run: experiment, seed, parent, change, cost and metrics
     "The table of runs, read from the folders."
     folder, rows = Path(folder), []
     for name, e in _plan(folder).items():
         for card in sorted((folder / name).glob("seed-*/card.json")):
             r = training.load_run(card.parent)
-            t = r.card["training"]
             p = r.predictions[r.predictions["split"] == split].reset_index(drop=True)
-            rows.append(dict(experiment=name, seed=int(card.parent.name[5:]), parent=e["parent"], change=e["change"], parameters=r.card["model"]["parameters"],
-                             epochs=t["epochs_run"], seconds=t["seconds"], interrupted=r.card["interrupted"], **figures(p, r.card["data"]["unknown_patients"])))
+            row = dict(experiment=name, seed=int(card.parent.name[5:]), parent=e["parent"],
+                       change=e["change"])
+            rows.append(row | _cost(r) | figures(p))
     return pd.DataFrame(rows)
+
+# %% ../nbs/17_experiments.ipynb #d3bd344a
+def _cost(r: training.Run) -> dict:
+    t = r.card["training"]
+    return dict(parameters=r.card["model"]["parameters"], epochs=t["epochs_run"], seconds=t["seconds"],
+                interrupted=r.card["interrupted"])
 
 # %% ../nbs/17_experiments.ipynb #4c1a05d5
 def summary(
     runs: pd.DataFrame, # from `collect`
-    columns: Iterable[str] = ("auc", "accuracy", "binary"), # figures to show
-) -> pd.DataFrame: # one row an experiment, each figure as mean and range over seeds
+    columns: Iterable[str] = ("auc", "accuracy", "binary"), # metrics to show
+) -> pd.DataFrame: # one row an experiment, each metric as mean and range over seeds
     "The table a reader wants: one line an experiment."
-    show = lambda v: f"{v.mean():.3f} ({v.min():.3f} to {v.max():.3f})"
-    rows = [dict(experiment=n, change=g["change"].iloc[0], parameters=f"{g['parameters'].iloc[0]:,}", epochs=f"{g['epochs'].mean():.0f}", **{c: show(g[c]) for c in columns}) for n, g in runs.groupby("experiment", sort=False)]
+    rows = []
+    for name, each in runs.groupby("experiment", sort=False):
+        first = each.iloc[0]
+        row = dict(experiment=name, change=first["change"], parameters=f"{first['parameters']:,}",
+                   epochs=f"{each['epochs'].mean():.0f}")
+        rows.append(row | {c: _mean_and_range(each[c]) for c in columns})
     return pd.DataFrame(rows)
+
+# %% ../nbs/17_experiments.ipynb #b9b7ddab
+def _mean_and_range(values: pd.Series) -> str:
+    return f"{values.mean():.3f} ({values.min():.3f} to {values.max():.3f})"
 
 # %% ../nbs/17_experiments.ipynb #6bdb2131
 def differences(
@@ -176,30 +225,42 @@ def differences(
     split: str = "test", # or 'val'
 ) -> pd.DataFrame: # one row a change: experiment, parent, change, gain, low, high, real
     "What each change bought in AUC, with an interval over patients and seeds."
-    folder, plan = Path(folder), _plan(Path(folder))
+    folder, plan, rows = Path(folder), _plan(Path(folder)), []
     drawn = {name: _resampled(folder / name, split, times) for name in plan}
-    rows = []
     for name, e in plan.items():
-        if e["parent"] not in drawn: continue
-        seeds = sorted(set(drawn[name]) & set(drawn[e["parent"]]))
-        if not seeds: raise CourseError("an experiment and its parent have no seed in common", f"{name}, {e['parent']}", "run both with the same seeds")
-        gap = np.stack([drawn[name][s] - drawn[e["parent"]][s] for s in seeds])                     # (seeds, 1 + times)
-        drawn_seeds = rng("differences", name).integers(len(seeds), size=(len(seeds), times))
-        low, high = np.nanquantile(np.take_along_axis(gap[:, 1:], drawn_seeds, axis=0).mean(axis=0), [.025, .975])      # draws that lacked a class are left out
-        rows.append(dict(experiment=name, parent=e["parent"], change=e["change"], gain=gap[:, 0].mean(), low=low, high=high, real=bool(low > 0 or high < 0)))
+        if e["parent"] not in drawn:
+            continue
+        gain, low, high = _gain(name, drawn[name], e["parent"], drawn[e["parent"]], times)
+        row = dict(experiment=name, parent=e["parent"], change=e["change"])
+        rows.append(row | dict(gain=gain, low=low, high=high, real=bool(low > 0 or high < 0)))
     return pd.DataFrame(rows)
+
+# %% ../nbs/17_experiments.ipynb #b90c5b93
+def _gain(name: str, ours: dict, parent: str, theirs: dict, times: int) -> tuple[float, float, float]:
+    "Mean gain over the seeds that both have, and its 95 % interval over redrawn patients and seeds."
+    seeds = sorted(set(ours) & set(theirs))
+    if not seeds:
+        raise CourseError("an experiment and its parent have no seed in common", f"{name}, {parent}",
+                          "run both with the same seeds")
+    gap = np.stack([ours[s] - theirs[s] for s in seeds])     # (seeds, 1 + times)
+    drawn = rng("differences", name).integers(len(seeds), size=(len(seeds), times))
+    means = np.take_along_axis(gap[:, 1:], drawn, axis=0).mean(axis=0)
+    low, high = np.nanquantile(means, [.025, .975])          # draws that lacked a class are left out
+    return float(gap[:, 0].mean()), float(low), float(high)
 
 # %% ../nbs/17_experiments.ipynb #63d6e849
 def _resampled(folder: Path, split: str, times: int) -> dict[int, np.ndarray]:
-    "For each seed the mean AUC on all patients, then on each redrawn set of patients (the same sets for every run)."
+    "For each seed the mean AUC on all patients, then on each redrawn set of them (the same for every run)."
     found = {}
     for card in sorted(folder.glob("seed-*/card.json")):
-        r = training.load_run(card.parent)
-        p = r.predictions[r.predictions["split"] == split].sort_values("path").reset_index(drop=True)
-        codes, counts = evaluation.resample(patients(p, r.card["data"]["unknown_patients"]), times, seed=0)
-        all_ = [np.r_[evaluation.auc(y, s), evaluation.resampled_auc(y, s, codes, counts)] for y, s in evaluation.questions(p).values()]
-        known = ~np.isnan(all_)                                          # a redrawn set of patients can lack a class
-        found[int(card.parent.name[5:])] = np.where(known.any(0), np.nansum(all_, 0) / np.maximum(known.sum(0), 1), np.nan)
+        p = training.load_run(card.parent).predictions
+        p = p[p["split"] == split].sort_values("path").reset_index(drop=True)
+        codes, counts = evaluation.resample(groups(p), times, seed=0)
+        asked = evaluation.questions(p).values()
+        each = [np.r_[evaluation.auc(y, s), evaluation.resampled_auc(y, s, codes, counts)] for y, s in asked]
+        known = ~np.isnan(each)                          # a redrawn set of patients can lack a class
+        mean = np.nansum(each, 0) / np.maximum(known.sum(0), 1)
+        found[int(card.parent.name[5:])] = np.where(known.any(0), mean, np.nan)
     return found
 
 # %% ../nbs/17_experiments.ipynb #b155c5e5
@@ -214,46 +275,66 @@ def plot_differences(
         ax.plot([g.low, g.high], [y, y], color=colour, lw=2)
         ax.plot(g.gain, y, "o", color=colour)
     ax.axvline(0, color="black", lw=.8)
-    ax.set(yticks=range(len(gains)), yticklabels=[f"{g.experiment}: {g.change} (after {g.parent})" for g in gains.itertuples()], xlabel="gain in AUC on the test films, 95 % interval over patients and seeds", ylim=(len(gains) - .5, -.5))
+    names = [f"{g.experiment}: {g.change} (after {g.parent})" for g in gains.itertuples()]
+    ax.set_yticks(range(len(gains)), names)
+    ax.set_xlabel("gain in AUC on the test images, 95 % interval over patients and seeds")
+    ax.set_ylim(len(gains) - .5, -.5)
     ax.spines[["top", "right"]].set_visible(False)
     plt.close(fig)
     return fig
 
 # %% ../nbs/17_experiments.ipynb #bc42a66a
 def record(
-    runs: Iterable[str | Path], # finished run folders, one a seed; one label a film
+    runs: Iterable[str | Path], # finished run folders, one a seed; one label an image
     out: str | Path, # the .json file
-    data: str, # which films, in words
+    data: str, # which images, in words
     command: str, # what made the runs
 ) -> dict: # what was written
     "Write down what runs reached, so that a page can read it."
-    from cxr_course import decisions
-    rows = []
-    for r in map(training.load_run, runs):
-        p, unknown = r.predictions[r.predictions["split"] == "test"].reset_index(drop=True), r.card["data"]["unknown_patients"]
-        threshold, t = r.card["threshold"] if len(classes(p)) == 2 else None, r.card["training"]
-        said, last = evaluation.decide(p, threshold), classes(p)[-1]
-        recall = [float((said[p["label"] == c] == c).mean()) for c in classes(p)]
-        calibration = decisions.ece(p["label"] == last, p[f"p_{last}"], patients(p, unknown)) if len(recall) == 2 else [None] * 3
-        rows.append(dict(seed=t["seed"], date=r.card["date"][:10], auc=list(r.metric("AUC", "test"))[:3], recall=dict(zip(classes(p), recall)), balanced_accuracy=float(np.mean(recall)),
-                         calibration_error=list(calibration)[:3], epochs=t["epochs_run"], seconds=t["seconds"], peak_mb=t.get("peak_mb")))
-    found = dict(data=data, command=command, model=r.card["model"]["name"], parameters=r.card["model"]["parameters"], shape=r.card["preprocessing"]["shape"],
-                 films={s: c for s, c in r.card["data"]["splits"].items()}, patients="known" if unknown == "raise" else "not all known: grouped by examination or picture where missing", runs=rows)
-    with atomic(out) as part: part.write_text(json.dumps(found, indent=1), encoding="utf-8")
+    runs = [training.load_run(r) for r in runs]
+    first = runs[-1]
+    known = groups(first.predictions).str.startswith("patient:").all()
+    found = dict(data=data, command=command, model=first.card["model"]["name"],
+                 parameters=first.card["model"]["parameters"],
+                 shape=first.card["preprocessing"]["shape"], images=dict(first.card["data"]["splits"]),
+                 patients="known" if known else "not all known: grouped by examination or image where "
+                         "missing",
+                 runs=[_reached(r) for r in runs])
+    with atomic(out) as part:
+        part.write_text(json.dumps(found, indent=1), encoding="utf-8")
     return found
+
+# %% ../nbs/17_experiments.ipynb #d2629c61
+def _reached(r: training.Run) -> dict:
+    "What one run reached on its test images."
+    from cxr_course import decisions
+    p, t = r.predictions[r.predictions["split"] == "test"].reset_index(drop=True), r.card["training"]
+    names, two = Task.of(p).names, len(Task.of(p).names) == 2
+    recall = _recalls(p, r.card["threshold"] if two else None)
+    calibration = decisions.ece(p["label"] == names[-1], p[f"p_{names[-1]}"],
+                                groups(p)) if two else [None] * 3
+    return dict(seed=t["seed"], date=r.card["date"][:10], auc=list(r.metric("AUC", "test"))[:3],
+                recall=dict(zip(names, recall.values())),
+                balanced_accuracy=float(np.mean(list(recall.values()))),
+                calibration_error=list(calibration)[:3], epochs=t["epochs_run"], seconds=t["seconds"],
+                peak_mb=t.get("peak_mb"))
 
 # %% ../nbs/17_experiments.ipynb #58c88b1f
 def recorded(
     folder: str | Path = "results", # where the .json files lie
 ) -> pd.DataFrame: # one row a file: mean over seeds, with the range
     "The table of what was recorded."
-    rows = []
-    for file in sorted(Path(folder).glob("*.json")):
-        found = json.loads(file.read_text(encoding="utf-8"))
-        if "runs" not in found: continue
-        runs = pd.DataFrame(found["runs"])
-        show = lambda v: f"{v.mean():.3f} ({v.min():.3f} to {v.max():.3f})"
-        first = lambda column: runs[column].map(lambda v: v[0]).astype(float)
-        rows.append(dict(films=found["data"], model=found["model"], parameters=f"{found['parameters']:,}", seeds=len(runs), auc=show(first("auc")), by_chance="{:.3f} to {:.3f}".format(*runs["auc"][0][1:]),
-                         balanced_accuracy=show(runs["balanced_accuracy"]), calibration_error=show(first("calibration_error")), seconds=f"{runs['seconds'].mean():.0f}", date=runs["date"].max()))
-    return pd.DataFrame(rows)
+    found = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(Path(folder).glob("*.json"))]
+    return pd.DataFrame([_recorded_row(f) for f in found if "runs" in f])
+
+# %% ../nbs/17_experiments.ipynb #d4c6aebb
+def _recorded_row(found: dict) -> dict:
+    runs = pd.DataFrame(found["runs"])
+    auc, calibration = (runs[c].map(lambda v: v[0]).astype(float) for c in ("auc", "calibration_error"))
+    return dict(
+        images=found["data"], model=found["model"], parameters=f"{found['parameters']:,}", seeds=len(runs),
+        auc=_mean_and_range(auc), by_chance="{:.3f} to {:.3f}".format(*runs["auc"][0][1:]),
+        balanced_accuracy=_mean_and_range(runs["balanced_accuracy"]),
+        calibration_error=_mean_and_range(calibration),
+        seconds=f"{runs['seconds'].mean():.0f}", date=runs["date"].max(),
+    )

@@ -14,11 +14,11 @@ CHAIN = [START, after(START, "smooth", "label smoothing", options=dict(smoothing
 
 
 @pytest.fixture(scope="module")
-def films(): return splits.hold_out(data.load("sample", classes=3), fraction=.3, seed=0)
+def images(): return splits.hold_out(data.load("sample", classes=3), fraction=.3, seed=0)
 
 
 @pytest.fixture(scope="module")
-def folder(films, tmp_path_factory):
+def folder(images, tmp_path_factory):
     place = tmp_path_factory.mktemp("experiments")
     done, fit = [], training.fit
 
@@ -28,21 +28,21 @@ def folder(films, tmp_path_factory):
         return fit(*args, **kwargs)
     training.fit = killed
     try:
-        with pytest.raises(MemoryError): experiments.run(CHAIN, films, place, seeds=[0])
+        with pytest.raises(MemoryError): experiments.run(CHAIN, images, place, seeds=[0])
     finally: training.fit = fit
     assert len(list(place.glob("*/seed-*/card.json"))) == 1
-    return experiments.run(CHAIN, films, place, seeds=[0])
+    return experiments.run(CHAIN, images, place, seeds=[0])
 
 
-def test_a_killed_list_goes_on(folder, films):
+def test_a_killed_list_goes_on(folder, images):
     runs = experiments.collect(folder)
     assert runs["experiment"].tolist() == ["start", "smooth"] and runs["change"].tolist() == ["the start", "label smoothing"]
     assert experiments.differences(folder)["parent"].tolist() == ["start"]
 
 
-def test_other_films_and_changed_experiments_are_refused(folder, films):
-    with pytest.raises(CourseError, match="other films"): experiments.run(CHAIN, films.iloc[:-1], folder)
-    with pytest.raises(CourseError, match="has changed since"): experiments.run([replace(START, model="a1")], films, folder)
+def test_other_films_and_changed_experiments_are_refused(folder, images):
+    with pytest.raises(CourseError, match="other images"): experiments.run(CHAIN, images.iloc[:-1], folder)
+    with pytest.raises(CourseError, match="has changed since"): experiments.run([replace(START, model="a1")], images, folder)
     assert set(json.loads((folder / "experiments.json").read_text())["experiments"]) == {"start", "smooth"}
 
 
@@ -50,7 +50,7 @@ def test_no_experiments_there(tmp_path):
     with pytest.raises(CourseError, match="no experiments"): experiments.collect(tmp_path)
 
 
-def test_no_common_seed(folder, films):
+def test_no_common_seed(folder, images):
     other = after(CHAIN[1], "other", "smoother still", options=dict(smoothing=.2))
-    experiments.run([other], films, folder, seeds=[1])
+    experiments.run([other], images, folder, seeds=[1])
     with pytest.raises(CourseError, match="no seed in common"): experiments.differences(folder)
