@@ -320,8 +320,8 @@ class Learner(keras.Model):
     def agree(self, row: dict) -> dict: # the row of history that all processes go on with
         return row
 
-# %% ../nbs/12_training.ipynb #87202ab8
-def _layerwise(kind: type, rates: list[float]) -> type:
+# %% ../nbs/12_training.ipynb #d2cadfad
+def _layerwise(kind: type, rates: list[float], decay: float | None) -> type:
     "A kind of optimizer in which the i-th weight learns at the i-th share of the learning rate."
     class Layerwise(kind):
         def update_step(self, gradient, variable, learning_rate):
@@ -329,9 +329,8 @@ def _layerwise(kind: type, rates: list[float]) -> type:
             return super().update_step(gradient, variable, learning_rate * share)
 
         def _apply_weight_decay(self, variables):
-            decay = self.weight_decay
             for share in sorted(set(rates)) if decay else ():
-                self.weight_decay = decay * share
+                self.weight_decay = decay * share           # from `decay`, since devices come here one after the other
                 super()._apply_weight_decay([v for v in variables if rates[self._get_variable_index(v)] == share])
             self.weight_decay = decay
 
@@ -345,7 +344,8 @@ def _optimizer(chosen, lr: float | None, rates: list[float] | None, accumulate: 
     config = plain.get_config() | (dict(learning_rate=lr) if lr is not None else {})
     if accumulate > 1:
         config["gradient_accumulation_steps"] = accumulate
-    fresh = (_layerwise(type(plain), rates) if rates else type(plain)).from_config(config)
+    kind = _layerwise(type(plain), rates, config.get("weight_decay")) if rates else type(plain)
+    fresh = kind.from_config(config)
     return keras.optimizers.LossScaleOptimizer(fresh) if precision == "mixed_float16" else fresh
 
 # %% ../nbs/12_training.ipynb #696ed1dc
