@@ -838,7 +838,7 @@ def _plan(model, train, val, name: str | None, given: _Given) -> dict:
                 optimizer=_describe(given.optimizer) or getattr(spec, "optimizer", "adam"), augment=_describe(given.augment),
                 loss=_describe(given.loss) or "cross_entropy", normaliser=normaliser, rates=given.rates and list(map(float, given.rates)))
 
-# %% ../nbs/12_training.ipynb #d0b3bb06
+# %% ../nbs/12_training.ipynb #700d56dd
 def _learner(model, task: Task, plan: dict, given: _Given) -> Learner:
     "The model in training, on one device or on many."
     options = dict(optimizer=given.optimizer or plan["optimizer"], lr=plan["lr"], augment=given.augment, rates=given.rates,
@@ -868,7 +868,8 @@ def _train(model, train, val, part: Path | None, plan: dict, given: _Given) -> b
             model.set_weights(taught.model.get_weights())
         return judge()
     def batches(seed: int):
-        return pipelines.stream(train, "train", batch=plan["batch"], shuffle=seed)
+        stream = partial(pipelines.stream, train, "train", batch=plan["batch"], shuffle=seed)
+        return stream() if given.strategy is None else _repeatable(stream)
     with _recorder(model, part, plan, variables, given.each) as record:
         try:
             run_epochs(taught, batches, validate, history, callbacks=given.callbacks, record=record,
@@ -876,6 +877,12 @@ def _train(model, train, val, part: Path | None, plan: dict, given: _Given) -> b
         except KeyboardInterrupt:
             return True
     return False
+
+def _repeatable(stream: Callable):
+    "A stream that begins anew with every look at it: Keras looks more than once when it shares batches among devices."
+    shape = stream()
+    data = tf.data.Dataset.from_generator(stream, output_signature=shape.element_spec)
+    return data.apply(tf.data.experimental.assert_cardinality(shape.cardinality()))
 
 def _same_start(strategy, plan: dict, variables: list, history: list[dict]) -> list[dict]:
     "Every process begins with the plan, the numbers and the history of the first."
