@@ -320,8 +320,8 @@ class Learner(keras.Model):
     def agree(self, row: dict) -> dict: # the row of history that all processes go on with
         return row
 
-# %% ../nbs/12_training.ipynb #87202ab8
-def _layerwise(kind: type, rates: list[float]) -> type:
+# %% ../nbs/12_training.ipynb #d2cadfad
+def _layerwise(kind: type, rates: list[float], decay: float | None) -> type:
     "A kind of optimizer in which the i-th weight learns at the i-th share of the learning rate."
     class Layerwise(kind):
         def update_step(self, gradient, variable, learning_rate):
@@ -329,9 +329,8 @@ def _layerwise(kind: type, rates: list[float]) -> type:
             return super().update_step(gradient, variable, learning_rate * share)
 
         def _apply_weight_decay(self, variables):
-            decay = self.weight_decay
             for share in sorted(set(rates)) if decay else ():
-                self.weight_decay = decay * share
+                self.weight_decay = decay * share           # from `decay`, since devices come here one after the other
                 super()._apply_weight_decay([v for v in variables if rates[self._get_variable_index(v)] == share])
             self.weight_decay = decay
 
@@ -345,7 +344,8 @@ def _optimizer(chosen, lr: float | None, rates: list[float] | None, accumulate: 
     config = plain.get_config() | (dict(learning_rate=lr) if lr is not None else {})
     if accumulate > 1:
         config["gradient_accumulation_steps"] = accumulate
-    fresh = (_layerwise(type(plain), rates) if rates else type(plain)).from_config(config)
+    kind = _layerwise(type(plain), rates, config.get("weight_decay")) if rates else type(plain)
+    fresh = kind.from_config(config)
     return keras.optimizers.LossScaleOptimizer(fresh) if precision == "mixed_float16" else fresh
 
 # %% ../nbs/12_training.ipynb #696ed1dc
@@ -838,7 +838,7 @@ def _plan(model, train, val, name: str | None, given: _Given) -> dict:
                 optimizer=_describe(given.optimizer) or getattr(spec, "optimizer", "adam"), augment=_describe(given.augment),
                 loss=_describe(given.loss) or "cross_entropy", normaliser=normaliser, rates=given.rates and list(map(float, given.rates)))
 
-# %% ../nbs/12_training.ipynb #d0b3bb06
+# %% ../nbs/12_training.ipynb #700d56dd
 def _learner(model, task: Task, plan: dict, given: _Given) -> Learner:
     "The model in training, on one device or on many."
     options = dict(optimizer=given.optimizer or plan["optimizer"], lr=plan["lr"], augment=given.augment, rates=given.rates,
@@ -868,7 +868,8 @@ def _train(model, train, val, part: Path | None, plan: dict, given: _Given) -> b
             model.set_weights(taught.model.get_weights())
         return judge()
     def batches(seed: int):
-        return pipelines.stream(train, "train", batch=plan["batch"], shuffle=seed)
+        stream = partial(pipelines.stream, train, "train", batch=plan["batch"], shuffle=seed)
+        return stream() if given.strategy is None else _repeatable(stream)
     with _recorder(model, part, plan, variables, given.each) as record:
         try:
             run_epochs(taught, batches, validate, history, callbacks=given.callbacks, record=record,
@@ -876,6 +877,12 @@ def _train(model, train, val, part: Path | None, plan: dict, given: _Given) -> b
         except KeyboardInterrupt:
             return True
     return False
+
+def _repeatable(stream: Callable):
+    "A stream that begins anew with every look at it: Keras looks more than once when it shares batches among devices."
+    shape = stream()
+    data = tf.data.Dataset.from_generator(stream, output_signature=shape.element_spec)
+    return data.apply(tf.data.experimental.assert_cardinality(shape.cardinality()))
 
 def _same_start(strategy, plan: dict, variables: list, history: list[dict]) -> list[dict]:
     "Every process begins with the plan, the numbers and the history of the first."
