@@ -23,8 +23,8 @@ import pandas as pd
 
 # %% auto #0
 __all__ = ['SIZES', 'COLUMNS', 'SPLITS', 'UNKNOWN', 'PALETTE', 'CourseError', 'expect', 'size', 'pick', 'rng', 'cache_dir',
-           'atomic', 'sha256', 'Task', 'frame', 'table', 'regroup', 'groups', 'findings', 'classes', 'patients',
-           'Sheet', 'show_films', 'progress', 'headline']
+           'atomic', 'sha256', 'Task', 'frame', 'table', 'regroup', 'groups', 'Source', 'source', 'Sheet', 'show_films',
+           'progress', 'headline']
 
 # %% ../nbs/00_core.ipynb #cc1cc673
 class CourseError(ValueError):
@@ -302,19 +302,26 @@ def groups(
     missing = frame["group"].isna()
     if missing.any():
         raise CourseError(f"{missing.sum()} of {len(frame)} images have no patient", f"first: {frame.loc[missing, 'path'].iloc[0]}" if "path" in frame else None,
-                          "fill the column `patient`, or say unknown='image' when loading: images without one are then independent of each other")
+                          "fill the column `patient`, or say unknown='image' when loading: images without one then count as independent",
+                          "fill the column `patient`, or add --unknown image: images without one then count as independent")
     pairs = frame.loc[frame["patient"].notna(), ["patient", "group"]].drop_duplicates() if "patient" in frame else frame.iloc[:0]
     if len(pairs) and (twice := pairs["patient"].duplicated()).any():
         raise CourseError(f"patient {pairs.loc[twice, 'patient'].iloc[0]!r} stands in two groups", "column `group`", "the patients were changed after loading: group anew with regroup(frame)")
     return frame["group"]
 
-# %% ../nbs/00_core.ipynb #7aba2b3b
-def findings(frame): return [] if "label" in frame else list(Task.of(frame).names)   # in transition: Task
+# %% ../nbs/00_core.ipynb #3958c0df
+class Source:
+    "The code of library functions, shown with its colours in a notebook."
+    def __init__(self, text: str): self.text = text
+    def __repr__(self): return self.text
+    def _repr_markdown_(self): return f"```python\n{self.text}\n```"
 
-def classes(frame): return list(Task.of(frame).names)   # in transition: Task
-
-def patients(frame, unknown="raise"):   # in transition: groups
-    return groups(frame) if unknown == "raise" else regroup(frame, "image")["group"]
+def source(
+    *parts, # functions and classes of the library
+) -> Source: # shows itself
+    "The code of library functions, to read where a lesson speaks of them."
+    import inspect
+    return Source("\n\n".join(inspect.getsource(part).rstrip() for part in parts))
 
 # %% ../nbs/00_core.ipynb #aa6dfa8e
 class Sheet:

@@ -5,7 +5,6 @@
 # %% ../nbs/judging.ipynb #372d3793
 from __future__ import annotations
 
-import html
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,10 +12,11 @@ import numpy as np
 import pandas as pd
 
 from . import decisions, evaluation, imbalance, pipelines, preparing, reference, training
+from .card import model_card
 from .core import CourseError, Task, groups, table
 
 # %% auto #0
-__all__ = ['PURPOSE', 'LIMITS', 'model_card', 'report_run', 'report_text', 'predict_elsewhere']
+__all__ = ['report_run', 'report_text', 'predict_elsewhere']
 
 # %% ../nbs/judging.ipynb #38fca643
 def _facts(run: training.Run) -> dict[str, str]:
@@ -51,94 +51,6 @@ def _training_facts(card: dict) -> dict[str, str]:
     how = [f"{t['optimizer']}, learning rate {t['lr']:g} ({t['schedule']})", f"batch size {t['batch']}",
            f"{t['epochs_run']} epochs", augmented, f"seed {t['seed']}"]
     return dict(training=", ".join(how), selection=kept)
-
-# %% ../nbs/judging.ipynb #eebf98e9
-PURPOSE = "Teaching and research on chest radiographs. It scores images that resemble its training images."
-LIMITS = (
-    "Not a medical device and not for diagnosis: it has never been tested in the care of patients.",
-    "A high score is no proof of disease and a low score is no proof of health.",
-    "It knows only the classes listed here. Whatever else an image shows, it sees one of them.",
-    "Other hospitals, ages and machines may change every metric on this card; measure again before use.",
-)
-
-def model_card(
-    card: dict, # the card.json of a run
-    name: str, # of the run
-    form: str = "markdown", # or 'html'
-) -> str:
-    "What a model is for, what it learned from and how good it is, as text."
-    if form not in ("markdown", "html"):
-        raise CourseError(f"unknown form {form!r}", None, "use 'markdown' or 'html'")
-    parts = _card_parts(card)
-    if form == "markdown":
-        lines = [f"# Model card: {name}"]
-        for title, rows in parts.items():
-            items = [f"- {key}: {value}" if key else f"- {value}" for key, value in rows]
-            lines += ["", f"## {title}", "", *items]
-        return "\n".join(lines) + "\n"
-    page = f"<h3>Model card: {html.escape(name)}</h3>"
-    for title, rows in parts.items():
-        items = "".join(f"<li>{_bold(key)}{html.escape(value)}</li>" for key, value in rows)
-        page += f"<h4>{html.escape(title)}</h4><ul>{items}</ul>"
-    return page
-
-def _bold(key: str) -> str:
-    return f"<b>{html.escape(key)}</b>: " if key else ""
-
-# %% ../nbs/judging.ipynb #39e7a18c
-def _card_parts(card: dict) -> dict[str, list[tuple[str, str]]]:
-    "The sections of a model card: title to rows of (what, answer)."
-    limits = card["seen"]["limits"].items()
-    parts = {
-        "What it is for": [("", PURPOSE)],
-        "What it is not for": [("", text) for text in LIMITS],
-        "What it is": _card_model(card),
-        "What it learned from": [(s, _card_images(**n)) for s, n in card["data"]["splits"].items()],
-        "What its training images look like": [(k, f"{low:.2f} to {high:.2f}") for k, (low, high) in limits],
-    }
-    for split in card["metrics"]:
-        parts[f"How good it is on its {split} images"] = _card_metrics(card, split)
-    return parts | {"How it was made": _card_making(card)}
-
-def _card_model(card: dict) -> list[tuple[str, str]]:
-    model, before = card["model"], card["preprocessing"]
-    h, w = before["shape"]
-    return [("network", f"{model['name']}, {model['parameters']:,} parameters"),
-            ("answers", ", ".join(card["labels"])),
-            ("takes", f"one image of {h} x {w} pixels ({before['fit']}; values {before['values']})"),
-            ("threshold", _card_threshold(card["threshold"], card["threshold_rule"]))]
-
-def _card_threshold(threshold, rule: str) -> str:
-    if threshold is None:
-        return "none; the largest probability decides"
-    if not isinstance(threshold, dict):
-        return f"{threshold:.3f} ({rule})"
-    each = [f"{k} none" if t is None else f"{k} {t:.3f}" for k, t in threshold.items()]
-    return f"{', '.join(each)} ({rule})"
-
-def _card_images(images: int, patients: int, without_patient: int, **truth: int) -> str:
-    who = f"{patients:,} patients"
-    if without_patient:
-        who += f", examinations or single images; {without_patient:,} images have no known patient"
-    return f"{images:,} images ({', '.join(f'{n:,} {name}' for name, n in truth.items())}) of {who}"
-
-def _card_metrics(card: dict, split: str) -> list[tuple[str, str]]:
-    rows = []
-    for m in card["metrics"][split]:
-        if m["metric"] in ("AUC", "sensitivity", "specificity", "accuracy"):
-            numbers = [np.nan if m[k] is None else m[k] for k in ("value", "low", "high")]
-            rows.append((f"{m['metric']} ({m['of']})", str(evaluation.Estimate(*numbers, m["note"] or ""))))
-    alone = card["data"]["splits"][split]["without_patient"]
-    how = f"intervals are 95 %, by patient where the patient is known; images without: {alone}"
-    return [*rows, ("", how)]
-
-def _card_making(card: dict) -> list[tuple[str, str]]:
-    t = card["training"]
-    stopped = ", stopped by hand" if card["interrupted"] else ""
-    epochs = f"{t['epochs_run']}, number {t['best_epoch']} was kept{stopped}"
-    versions = ", ".join(f"{k} {v}" for k, v in card["versions"].items() if v)
-    return [("date", card["date"]), ("seed", str(t["seed"])), ("epochs", epochs),
-            ("data", f"fingerprint {card['data']['hash'][:16]}"), ("versions", versions)]
 
 # %% ../nbs/judging.ipynb #27480148
 def report_run(

@@ -84,6 +84,11 @@ class Store:
         "A split's truth, in the form that a loss takes."
         return Task.of(self.frame).truth(self.frame.iloc[self.rows(split)])
 
+    def hashes(self) -> pd.Series: # (n,) SHA-256 of each image's file, row by row
+        "What the files contain, whatever they are called."
+        index = pd.read_csv(self.folder / "index.csv", dtype=str, keep_default_na=False)
+        return self.frame["path"].map(index.set_index("path")["sha256"])
+
     def refuse_leakage(self) -> None:
         "Raise if a patient stands in two splits of the frame; asked once for each frame, however many epochs follow."
         if getattr(self, "_guarded", None) is self.frame:
@@ -175,8 +180,10 @@ def _report(bad: pd.DataFrame, n: int, hint: str = "") -> None:
     "Raise if there are bad files, naming all of them (the first twenty by name)."
     if len(bad):
         lines = [f"\n    {e}" for e in bad["error"].head(20)] + [f"\n    ... and {len(bad) - 20} more"] * (len(bad) > 20)
+        mend = "mend them or leave them out"
         raise CourseError(f"{len(bad)} of {n} images cannot be read", "".join(lines),
-                          f"mend them or leave them out of the frame, or pass skip_bad=True to go on without them{hint}")
+                          f"{mend} of the frame, or pass skip_bad=True to go on without them{hint}",
+                          f"{mend}, or add --skip-bad to go on without them{hint}")
 
 def _finish(part: Path, files: pd.DataFrame, shape: tuple[int, int], key: str, skip_bad: bool, decode: Callable) -> None:
     "Everything but the rename."

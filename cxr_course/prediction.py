@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import glob
-import html
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -17,12 +16,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from . import cnn, core, data, evaluation, images, pipelines, training
+from . import cnn, core, data, images, pipelines, training
 from .core import CourseError
 from .reference import image_stats, ood_reasons, reference_stats
 
 # %% auto #0
-__all__ = ['PURPOSE', 'LIMITS', 'Bundle', 'load_bundle', 'expand', 'predict', 'explain', 'card', 'bundle_of']
+__all__ = ['Bundle', 'load_bundle', 'expand', 'predict', 'explain', 'bundle_of']
 
 # %% ../nbs/20_prediction.ipynb #2847c6cc
 @dataclass(frozen=True)
@@ -161,90 +160,6 @@ def _scored(row: Mapping, bundle: Bundle) -> str:
         return f"highest score {row['p_' + row['meta_answer']]:.2f} for {row['meta_answer']} among {len(bundle.classes)} classes"
     side = "at or above" if row["p_" + c] >= cut else "below"
     return f"score {min(max(row['p_' + c], .001), .999):.3f} for {c}, {side} the threshold {cut:.3f} chosen on validation images"
-
-# %% ../nbs/20_prediction.ipynb #2eb8c5c3
-PURPOSE = "Teaching and research on chest radiographs. It scores images that resemble its training images."
-LIMITS = ("Not a medical device and not for diagnosis: it has never been tested in the care of patients.",
-          "A high score is no proof of disease and a low score is no proof of health.",
-          "It knows only the classes listed here. Whatever else an image shows, it sees one of them.",
-          "Other hospitals, other ages and other machines may change every figure on this card; measure again before use.")
-
-def card(
-    bundle: Bundle, # from `load_bundle`
-    form: str = "markdown", # or 'html'
-) -> str:
-    "The model card, as text."
-    if form not in ("markdown", "html"):
-        raise CourseError(f"unknown form {form!r}", None, "use 'markdown' or 'html'")
-    title, parts = f"Model card: {bundle.folder.name}", _card_parts(bundle)
-    return _markdown(title, parts) if form == "markdown" else _html(title, parts)
-
-# %% ../nbs/20_prediction.ipynb #7f5911a6
-def _markdown(title: str, parts: dict) -> str:
-    def line(k, v):
-        return f"- {k}: {v}\n" if k else f"- {v}\n"
-    return f"# {title}\n" + "".join(f"\n## {t}\n\n" + "".join(line(*row) for row in rows) for t, rows in parts.items())
-
-def _html(title: str, parts: dict) -> str:
-    def item(k, v):
-        return f"<li>{f'<b>{html.escape(k)}</b>: ' if k else ''}{html.escape(v)}</li>"
-    body = "".join(f"<h4>{html.escape(t)}</h4><ul>{''.join(item(*row) for row in rows)}</ul>" for t, rows in parts.items())
-    return f"<h3>{html.escape(title)}</h3>{body}"
-
-# %% ../nbs/20_prediction.ipynb #c08a717f
-Rows = list[tuple[str, str]]   # of a card: what it is called, what it says
-
-def _card_parts(bundle: Bundle) -> dict[str, Rows]:
-    c = bundle.card
-    parts = {"What it is for": [("", PURPOSE)], "What it is not for": [("", text) for text in LIMITS], "What it is": _network(bundle)}
-    splits = c.get("data", {}).get("splits", {})
-    parts["What it learned from"] = [(split, _counted(**counts)) for split, counts in splits.items()] or [("", "not recorded here; ask who trained it")]
-    parts["What its training images look like"] = _looks(c.get("seen"))
-    for split, rows in c.get("metrics", {}).items():
-        parts[f"How good it is on its {split} images"] = [*_measured_rows(rows), _intervals(splits[split]["without_patient"])]
-    parts["How it was made"] = _history(c)
-    return parts
-
-def _network(bundle: Bundle) -> Rows:
-    model, made, (h, w) = bundle.card["model"], bundle.card["preprocessing"], bundle.shape
-    return [("network", f"{model['name']}, {model['parameters']:,} parameters"), ("answers", ", ".join(bundle.classes)),
-            ("takes", f"one image of {h} x {w} pixels ({made['fit']}; values {made['values']})"), ("threshold", _cut(bundle))]
-
-def _looks(seen: Mapping | None) -> Rows:
-    limits = (seen or {}).get("limits", {})
-    return [(k, f"{low:.2f} to {high:.2f}") for k, (low, high) in limits.items()] or [("", "not recorded; it cannot tell an unusual image")]
-
-def _measured_rows(rows: list[dict]) -> Rows:
-    def estimate(r):
-        return str(evaluation.Estimate(*(np.nan if r[k] is None else r[k] for k in ("value", "low", "high")), r["note"] or ""))
-    wanted = ("AUC", "sensitivity", "specificity", "accuracy")
-    return [(f"{r['metric']} ({r['of']})", estimate(r)) for r in rows if r["metric"] in wanted]
-
-def _intervals(without: int) -> tuple[str, str]:
-    return "", f"intervals are 95 %, by patient where the patient is known; images without: {without}"
-
-# %% ../nbs/20_prediction.ipynb #33bd77c6
-def _history(c: Mapping) -> Rows:
-    versions = ("versions", ", ".join(f"{k} {v}" for k, v in c["versions"].items() if v))
-    if c.get("elsewhere"):
-        return [("date of the bundle", c["date"]), ("trained", "elsewhere"), versions]
-    how = c["training"]
-    epochs = f"{how['epochs_run']}, the best was {how['best_epoch']}" + (", stopped by hand" if c.get("interrupted") else "")
-    return [("date", c["date"]), ("seed", str(how["seed"])), ("epochs", epochs), ("data", f"fingerprint {c['data']['hash'][:16]}"), versions]
-
-def _counted(patients: int, without_patient: int, images: int | None = None, films: int | None = None, **truth: int) -> str:
-    "How many images a split has, of whom; older cards called them images."
-    n, who = images if images is not None else films, f"{patients:,} patients"
-    if without_patient:
-        who += f", examinations or single images; {without_patient:,} images have no known patient"
-    return f"{n:,} images ({', '.join(f'{k:,} {c}' for c, k in truth.items())}) of {who}"
-
-def _cut(bundle: Bundle) -> str:
-    if bundle.threshold is None:
-        return "none; the largest probability decides"
-    said = f"{bundle.threshold:.3f}" if not bundle.findings else ", ".join(
-        f"{k} {v:.3f}" if v is not None else f"{k} none" for k, v in bundle.threshold.items())
-    return f"{said} ({bundle.card['threshold_rule']})"
 
 # %% ../nbs/20_prediction.ipynb #970d7990
 def bundle_of(

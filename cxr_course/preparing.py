@@ -16,26 +16,7 @@ from . import data, images, pipelines, splits
 from .core import SPLITS, CourseError, Task, cache_dir, groups, table
 
 # %% auto #0
-__all__ = ['DUPLICATES', 'typed_remedy', 'split_counts', 'choose_findings', 'arrange', 'open_store', 'prepare']
-
-# %% ../nbs/preparing.ipynb #3ae088b5
-@contextmanager
-def typed_remedy(
-    typed: str, # what to do next, for somebody at a terminal
-) -> Iterator[None]:
-    "Errors raised in this block say something else to somebody at a terminal than to somebody in Python."
-    try:
-        yield
-    except CourseError as error:
-        error.typed = typed
-        raise
-
-# %% ../nbs/preparing.ipynb #a2f0a8e2
-def _refusal(what: str, where, remedy: str, typed: str) -> CourseError:
-    "An error with a remedy for each door."
-    error = CourseError(what, where, remedy)
-    error.typed = typed
-    return error
+__all__ = ['DUPLICATES', 'split_counts', 'choose_findings', 'arrange', 'open_store', 'prepare']
 
 # %% ../nbs/preparing.ipynb #17c319a2
 def split_counts(
@@ -63,7 +44,7 @@ def choose_findings(
         return frame
     task = Task.of(frame)
     if not task.findings:
-        raise _refusal("this data set has classes, and no findings", ", ".join(task.names),
+        raise CourseError("this data set has classes, and no findings", ", ".join(task.names),
                        "leave `findings` out",
                        "leave --findings out; --classes chooses between two and three classes")
     if findings == "all":
@@ -94,16 +75,13 @@ def arrange(
     _refuse_empty(frame)
     frame = _validation(frame, seed, said)
     _refuse_one_sided(frame)
-    with typed_remedy("add --resplit, which keeps a patient's images together"):
-        splits.refuse_leakage(frame)
+    splits.refuse_leakage(frame)
     return frame, said
 
 # %% ../nbs/preparing.ipynb #0669e1f6
 def _without_patient(frame: pd.DataFrame) -> list[str]:
     "What is taken for a patient where none is known; raises where that was never decided."
-    remedy = "fill the column `patient`, or add --unknown image: images without one then count as independent"
-    with typed_remedy(remedy):
-        keys = groups(frame)
+    keys = groups(frame)
     missing = int(frame["patient"].isna().sum())
     if not missing:
         return []
@@ -145,7 +123,7 @@ def _refuse_empty(frame: pd.DataFrame) -> None:
     for part, what in (("test", "test"), ("train", "training")):
         if not count.get(part, 0):
             cut = "to cut train, val and test anew by patient"
-            raise _refusal(f"the {what} set is empty", found,
+            raise CourseError(f"the {what} set is empty", found,
                            f"bring images whose split is {part!r}, or pass resplit=True {cut}",
                            f"fill the {part} folder, or add --resplit {cut}")
 
@@ -195,27 +173,23 @@ def _bad_files(lines: pd.Series, n: int, what: str) -> CourseError:
     mend = "says what is wrong with each; mend or remove them, or"
     remedy = f"data.check(frame) {mend} pass skip_bad=True"
     typed = f"'cxr-course data check' {mend} add --skip-bad"
-    return _refusal(f"{len(lines)} of {n} files {what}", listed, remedy, typed)
+    return CourseError(f"{len(lines)} of {n} files {what}", listed, remedy, typed)
 
 def _refuse_small_disk(n: int, shape: tuple[int, int]) -> None:
     need, free = n * shape[0] * shape[1] + 50_000_000, shutil.disk_usage(cache_dir()).free
     if need > free:
         remedy = "free some space, set CXR_COURSE_CACHE to a folder on a larger disk, or choose a smaller"
-        raise _refusal(f"the decoded images need {need / 1e6:,.0f} MB and {free / 1e6:,.0f} MB are free",
+        raise CourseError(f"the decoded images need {need / 1e6:,.0f} MB and {free / 1e6:,.0f} MB are free",
                        cache_dir(), f"{remedy} shape", f"{remedy} --size")
 
 # %% ../nbs/preparing.ipynb #f87a357f
-def _hashes(store: pipelines.Store) -> pd.Series:
-    index = pd.read_csv(store.folder / "index.csv", dtype=str, keep_default_na=False)
-    return store.frame["path"].map(index.set_index("path")["sha256"])
-
 def _thumbnail(store: pipelines.Store, i: int) -> np.ndarray:
-    return np.round(images.fit(store.take([i])[0] / np.float32(255), (32, 32)) * 255).astype(np.uint8)
+    return np.round(images.fit(images.to_unit(store.take([i])[0]), (32, 32)) * 255).astype(np.uint8)
 
 def _copies(store: pipelines.Store, near: bool) -> np.ndarray:
     "Which images (n,) have a copy on a side that judges more than theirs."
     rank = store.frame["split"].map({"test": 0, "val": 1, "train": 2})
-    copied = (rank > rank.groupby(_hashes(store)).transform("min")).to_numpy(copy=True)
+    copied = (rank > rank.groupby(store.hashes()).transform("min")).to_numpy(copy=True)
     if near:
         small = np.stack([_thumbnail(store, i) for i in range(len(store))])
         for pair in data.near_pairs(data.seen_as(small), small).itertuples():

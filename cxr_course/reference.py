@@ -18,7 +18,7 @@ from .core import CourseError, Task, atomic, groups
 
 # %% auto #0
 __all__ = ['GRID', 'IMAGES', 'block_means', 'image_stats', 'reference_stats', 'ood_reasons', 'ood_survey', 'Embedding', 'embed',
-           'image_hashes', 'image_list', 'learned_from', 'write', 'load_reference']
+           'image_list', 'learned_from', 'write', 'load_reference']
 
 # %% ../nbs/reference.ipynb #2e715784
 GRID = 16   # blocks a side
@@ -139,14 +139,6 @@ def embed(
     p = cnn.probabilities(np.concatenate(logits), findings)
     return Embedding(np.concatenate(means), p, groups(frame).to_numpy(str), frame["path"].to_numpy(str))
 
-# %% ../nbs/reference.ipynb #146bc5c1
-def image_hashes(
-    store: pipelines.Store, # images
-) -> pd.Series: # SHA-256 of the file of each image; the index of the store's frame
-    "The fingerprint of each image file, as the store wrote it down."
-    index = pd.read_csv(store.folder / "index.csv", dtype=str, keep_default_na=False)
-    return store.frame["path"].map(index.set_index("path")["sha256"])
-
 # %% ../nbs/reference.ipynb #e593bb82
 IMAGES = ("path", "patient", "group", "split", "sha256")   # the columns of images.csv
 
@@ -157,7 +149,7 @@ def image_list(
     "The images of a run and the part each of them played."
     def part(store, teaches):
         chosen = store.frame["split"].notna() & ((store.frame["split"] == "train") == teaches)
-        return store.frame.assign(sha256=image_hashes(store))[chosen]
+        return store.frame.assign(sha256=store.hashes())[chosen]
     return pd.concat([part(train, True), part(val, False)], ignore_index=True)[list(IMAGES)]
 
 # %% ../nbs/reference.ipynb #b484aec4
@@ -170,7 +162,7 @@ def learned_from(
     if not file.is_file():
         raise CourseError("the run does not say what it has learned from", file, "it was made by an older version: train it again")
     known = pd.read_csv(file, dtype=str)
-    return image_hashes(store).isin(set(known.loc[known["split"] != "test", "sha256"])).to_numpy()
+    return store.hashes().isin(set(known.loc[known["split"] != "test", "sha256"])).to_numpy()
 
 # %% ../nbs/reference.ipynb #e85dbcd1
 def write(

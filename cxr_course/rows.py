@@ -30,7 +30,7 @@ def _rows_kaggle(root: Path, want: int) -> tuple[list[dict], list[str]]:
             said, label = parse_name(p.name, split), c.name.upper()
             if want == 3 and label == "PNEUMONIA":
                 if said["cause"] is None:
-                    raise CourseError("the name says neither bacteria nor virus", p, "load with classes=2")
+                    raise CourseError("the name says neither bacteria nor virus", p, "load with classes=2", "add --classes 2")
                 label = said["cause"].upper()
             rows.append(dict(path=str(p), split=split, label=label, patient=said["patient"], study=said["study"], cause=said["cause"]))
     return rows, ["NORMAL", "BACTERIA", "VIRUS"] if want == 3 else ["NORMAL", "PNEUMONIA"]

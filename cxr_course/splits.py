@@ -56,7 +56,8 @@ def refuse_leakage(
         if both := sorted(a & b):
             shown = ", ".join(k.split(":", 1)[1] for k in both[:3]) + (" ..." if len(both) > 3 else "")
             raise CourseError(f"{one} and {other} share {len(both)} patient{'s' * (len(both) > 1)}", shown,
-                              "cut again with `split` or `hold_out`, which keep a patient's images together")
+                              "cut again with `split` or `hold_out`, which keep a patient's images together",
+                              "add --resplit, which keeps a patient's images together")
 
 # %% ../nbs/05_splits.ipynb #1d0cf33f
 def _order(keys: Iterable[str], *seed) -> np.ndarray:

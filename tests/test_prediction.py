@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 
 from cxr_course import core, images
+from cxr_course.card import model_card
 from cxr_course.core import CourseError
 
 SHAPE = (24, 20)
@@ -64,17 +65,17 @@ def test_answers_follow_the_frozen_threshold(made):
 def test_card_in_both_forms(made):
     from cxr_course import prediction
     _, _, bundle = made
-    text, page = prediction.card(bundle), prediction.card(bundle, "html")
+    text, page = model_card(bundle.card, bundle.folder.name), model_card(bundle.card, bundle.folder.name, "html")
     for words in ("not for diagnosis", "fingerprint", "24 x 20", "AUC", "likeness"): assert words in text and words in page
     assert "<script" not in page
-    with pytest.raises(CourseError, match="unknown form"): prediction.card(bundle, "pdf")
+    with pytest.raises(CourseError, match="unknown form"): model_card(bundle.card, bundle.folder.name, "pdf")
 
 
 def test_card_escapes_what_a_stranger_wrote(made):
     from cxr_course import prediction
     run, _, bundle = made
     evil = prediction.Bundle(run.folder, None, {**bundle.card, "model": {**bundle.card["model"], "name": "<script>alert(1)</script>"}})
-    assert "<script" not in prediction.card(evil, "html")
+    assert "<script" not in model_card(evil.card, evil.folder.name, "html")
 
 
 def test_strange_pictures_are_told_apart(made):
@@ -109,7 +110,7 @@ def test_bundle_without_memory_still_predicts(made, tmp_path):
     run, _, bundle = made
     old = prediction.Bundle(run.folder, bundle.model, {k: v for k, v in bundle.card.items() if k != "seen"})
     assert prediction.predict(old, run.predictions["path"][:2])["meta_unlike"].isna().all()
-    assert "not recorded" in prediction.card(old) and "unlike" not in prediction.explain(prediction.predict(old, run.predictions["path"][0]).to_dict("records")[0], old).lower()
+    assert "not recorded" in model_card(old.card, old.folder.name) and "unlike" not in prediction.explain(prediction.predict(old, run.predictions["path"][0]).to_dict("records")[0], old).lower()
 
 
 def test_strangers_are_refused(made, tmp_path):
@@ -159,7 +160,7 @@ def test_a_model_from_elsewhere_becomes_a_bundle(kind, units, activation, labels
     expected = np.asarray(original(np.repeat(store.array("test"), 3, -1) * 2 - 1, training=False))
     assert np.abs(got[[f"p_{c}" for c in labels]].to_numpy()[:, -units:] - expected).max() < 1e-5 and got["meta_unlike"].notna().all()
     assert core.Task.of(got).names == tuple(labels) and made.threshold == (None if kind == "three" else .5 if kind == "two" else {"Effusion": .5, "Mass": .5})
-    text = prediction.card(made)
+    text = model_card(made.card, made.folder.name)
     for words in ("not for diagnosis", "trained: elsewhere", "not recorded here", "24 x 20", "likeness"): assert words in text
     with pytest.raises(CourseError, match="never overwritten"): prediction.bundle_of(made.model, labels, tmp_path / "theirs", findings=kind == "findings")
     with pytest.raises(CourseError, match="labels"): prediction.bundle_of(made.model, [*labels, "X"], tmp_path / "other", findings=True)
