@@ -22,7 +22,7 @@ import tensorflow as tf
 from cxr_course import cnn, training
 from cxr_course.core import Task
 
-SIDE, BATCH, STEPS = 128, 32, 20
+SIDE, BATCH, STEPS = 64, 32, 20
 
 
 def batches(seed):
