@@ -25,13 +25,12 @@ from .core import CourseError
 # %% auto #0
 __all__ = ['SETTINGS', 'ON_LOOPBACK', 'import_ray', 'ray_session', 'stamp', 'worker_strategy', 'distributed_train', 'launch']
 
-# %% ../nbs/ray_engine.ipynb #a24dab05
+# %% ../nbs/ray_engine.ipynb #d1fc0873
 SETTINGS = dict(
     RAY_USAGE_STATS_ENABLED="0", RAY_CHDIR_TO_TRIAL_DIR="0", RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0",
-    RAY_TRAIN_METRICS_ENABLED="0", RAY_TRAIN_ENABLE_PREEMPTION_WATCHER="0",
+    RAY_TRAIN_METRICS_ENABLED="0", RAY_TRAIN_ENABLE_PREEMPTION_WATCHER="0", TF_CPP_MIN_LOG_LEVEL="3",
     RAY_TRAIN_HEALTH_CHECK_INTERVAL_S=".5", RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S="300",
-    RAY_AIR_NEW_OUTPUT="0", TUNE_DISABLE_AUTO_CALLBACK_LOGGERS="1", TUNE_DISABLE_SIGINT_HANDLER="1",
-    TF_CPP_MIN_LOG_LEVEL="3")
+    RAY_AIR_NEW_OUTPUT="0", TUNE_DISABLE_AUTO_CALLBACK_LOGGERS="1", TUNE_DISABLE_SIGINT_HANDLER="1")
 ON_LOOPBACK = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"   # 0: no cluster here, so listen on loopback
 
 def import_ray(
@@ -45,7 +44,7 @@ def import_ray(
         raise CourseError(f"this needs Ray, and {e.name or 'a part of it'} is missing", None,
                           'install it with pip install "cxr-course[scale]"') from e
 
-# %% ../nbs/ray_engine.ipynb #d822fe89
+# %% ../nbs/ray_engine.ipynb #899b0630
 @contextlib.contextmanager
 def ray_session(
     workers: int = 2, # processes at a time, where Ray is started here
@@ -64,11 +63,11 @@ def ray_session(
 
 def _refuse_absent(address: str) -> None:
     "Raise at once where nobody answers, instead of a minute later."
-    host, _, port = address.rpartition(":")
     if address == "auto" or "://" in address: return
+    host, _, port = address.rpartition(":")
     try: socket.create_connection((host, int(port)), timeout=5).close()
     except (OSError, ValueError) as e:
-        raise CourseError("no Ray cluster answers", address, "write host:port, or 'auto' on one of them") from e
+        raise CourseError("no Ray cluster answers", address, "give host:port, or 'auto' on a host") from e
 
 def _start(ray, workers: int, address: str | None) -> None:
     if address: _refuse_absent(address)
@@ -127,7 +126,7 @@ def _heard(say: Callable[[str], None]) -> Iterator:
         listener.join(timeout=10)
         queue.shutdown(force=True)
 
-# %% ../nbs/ray_engine.ipynb #afd155e0
+# %% ../nbs/ray_engine.ipynb #8d0a92c2
 _strategy = None                                     # of a process that `distributed_train` started
 
 def _killed(run: Path) -> bool:
@@ -147,7 +146,7 @@ def _work(told: dict) -> None:
     try:
         with contextlib.redirect_stdout(lines): told["job"](_strategy, _killed(Path(told["run"])))
     except Exception as e:
-        if not isinstance(e, CourseError): e.add_note(traceback.format_exc())       # it travels with the error
+        if not isinstance(e, CourseError): e.add_note(traceback.format_exc())    # it travels along
         raise
 
 # %% ../nbs/ray_engine.ipynb #16b04d7c
@@ -155,7 +154,7 @@ def worker_strategy(): # a tf.distribute strategy; None in a process that trains
     "The strategy that `distributed_train` started this process with."
     return _strategy
 
-# %% ../nbs/ray_engine.ipynb #1be07654
+# %% ../nbs/ray_engine.ipynb #a1c0d0e4
 def _callback(queue):
     "Tells of each death, and ends the training after a mistake."
     from ray.train import UserCallback
@@ -164,13 +163,11 @@ def _callback(queue):
             for error in worker_exceptions.values():
                 if _would_recur(error): raise error
             dead = [str(i) for i, e in sorted(worker_exceptions.items()) if _is_death(e)]
-            first = next(iter(worker_exceptions.values()))
-            what = f"worker {', '.join(dead)} was killed" if dead else f"a worker failed ({first!r})"
-            queue.put(f"{what}; the others were stopped")
+            queue.put(f"worker {', '.join(dead) or 'unknown'} was killed; the others were stopped")
     return Watch()
 
 def _would_recur(error) -> bool:
-    "Whether another attempt would end in the same way: not after what Ray and TensorFlow say when somebody is gone."
+    "Whether another attempt would end in the same way; not what Ray and TensorFlow say of a death."
     return type(error).__module__.split(".")[0] not in ("ray", "tensorflow")
 
 def _is_death(error) -> bool:
@@ -178,9 +175,9 @@ def _is_death(error) -> bool:
 
 def _in_words(error, run: Path) -> Exception:
     "What the user should hear of a failed training."
-    causes = [*getattr(error, "worker_failures", {}).values(), getattr(error, "controller_failure", None)]
+    causes = list(getattr(error, "worker_failures", {}).values()) or [error.controller_failure]
     for cause in causes:
-        if cause is not None and _would_recur(cause): return cause
+        if _would_recur(cause): return cause
     if not any(map(_is_death, causes)): return error
     return CourseError("workers were killed again and again, perhaps because memory was short", run,
                        "ask for fewer workers or smaller batches, and resume: finished epochs are kept")
@@ -228,7 +225,7 @@ def distributed_train(
         except train.TrainingFailedError as e: raise _in_words(e, run) from None
         finally: shutil.rmtree(desk, ignore_errors=True)
 
-# %% ../nbs/ray_engine.ipynb #37a11bfe
+# %% ../nbs/ray_engine.ipynb #64868fec
 def launch(
     words: Iterable[str], # the training command, from 'train' on, with --out
     workers: int = 2, # processes that share each batch
@@ -250,5 +247,4 @@ def launch(
                           "ask for at least 2, or train without the launcher")
     bare = [word for word in words if word != "--resume"]
     def job(strategy, resume: bool) -> None: program(bare + ["--resume"] * resume)
-    resumed = "--resume" in words
-    distributed_train(job, named[-1], workers, address=address, restarts=restarts, resume=resumed, say=say)
+    distributed_train(job, named[-1], workers, address=address, restarts=restarts, resume=bare != words, say=say)
