@@ -161,8 +161,8 @@ def test_what_the_user_hears_of_a_failure(tmp_path):
     assert ray_engine._in_words(SimpleNamespace(worker_failures={0: ActorDiedError(), 1: mistake}), tmp_path) is mistake
     assert ray_engine._in_words(SimpleNamespace(controller_failure=mistake), tmp_path) is mistake
     assert "killed again and again" in str(ray_engine._in_words(SimpleNamespace(worker_failures={0: ActorDiedError()}), tmp_path))
-    unforeseen = SimpleNamespace(worker_failures={0: bug})
-    assert ray_engine._in_words(unforeseen, tmp_path) is unforeseen
+    assert ray_engine._in_words(SimpleNamespace(worker_failures={0: bug}), tmp_path) is bug and ray_engine._would_recur(bug)
+    assert not ray_engine._would_recur(ActorDiedError())
 
 
 def test_what_the_launcher_refuses_and_passes_on(tmp_path, monkeypatch):
