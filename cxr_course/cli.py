@@ -19,7 +19,8 @@ from typer.core import TyperGroup
 __all__ = ['app', 'NAMES', 'Name', 'Data', 'Classes', 'Columns', 'Findings', 'SkipBad', 'Seed', 'Strangers', 'Resplit',
            'data_app', 'Run', 'Unknown', 'data_list', 'data_show', 'data_check', 'data_explore', 'data_augment',
            'data_decode', 'Layout', 'data_phantom', 'Recipe', 'Loss', 'Fallback', 'Duplicates', 'train', 'evaluate',
-           'predict', 'Map', 'explain', 'shift', 'experiments', 'record', 'Method', 'Room', 'tune', 'launch']
+           'predict', 'Map', 'explain', 'shift', 'experiments', 'record', 'Method', 'Room', 'tune', 'launch',
+           'run_words']
 
 # %% ../nbs/24_cli.ipynb #31c563f9
 class _Commands(TyperGroup):
@@ -43,9 +44,7 @@ def _in_words(error: Exception) -> str | None:
     "What to tell somebody at a terminal; None for an error that nobody foresaw."
     from cxr_course.core import CourseError
     if isinstance(error, CourseError):
-        where = f": {error.where}" if error.where is not None else ""
-        remedy = getattr(error, "typed", None) or error.remedy
-        return f"{error.what}{where}" + (f"\n  What to do: {remedy}" if remedy else "")
+        return error.told(error.typed or error.remedy)
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         remedy = "free some space, or set CXR_COURSE_CACHE to a folder on a larger disk"
         return f"the disk is full\n  What to do: {remedy}"
@@ -314,9 +313,9 @@ def data_decode(
     name: Name,
     size: Annotated[str, typer.Option(metavar="PIXELS", help="Images are cropped and resized to this: 128, "
             "or HEIGHTxWIDTH.")] = "128",
-    workers: Annotated[int, typer.Option(min=1, max=256, help="Processes on this machine.")] = 2,
-    shard: Annotated[str | None, typer.Option(metavar="I/N", help="Do only this host's part of N, from 0/N; "
-            "put nothing together.", show_default=False)] = None,
+    workers: Annotated[int, typer.Option(min=1, max=256, help="Processes; one needs no extra.")] = 1,
+    address: Annotated[str | None, typer.Option(metavar="ADDRESS", help="Of a running Ray cluster whose hosts "
+            "see the same files, or 'auto'.", show_default="this machine")] = None,
     out: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Where the store goes.",
                                              show_default="the cache, where 'train' looks for it")] = None,
     classes: Classes = None,
@@ -328,27 +327,19 @@ def data_decode(
     \b
     Examples
       cxr-course data decode path/to/nih --size 224 --workers 8
-      cxr-course data decode path/to/nih --size 224 --shard 0/4   (the first of four hosts that share a disk;
-                                                                   when all are done, without --shard)
+      cxr-course data decode /shared/nih --size 224 --workers 32 --address auto
     """
-    from cxr_course import scaling
-    frame, only = _load(name, classes, columns), _part(shard)
-    store = scaling.decode(frame, _shape(size), out, workers, only=only, skip_bad=skip_bad)
-    if store is None:
-        typer.echo(f"shard {shard} is done; when all are, run it once without --shard")
+    frame, shape = _load(name, classes, columns), _shape(size)
+    if workers == 1 and address is None:
+        from cxr_course import pipelines
+        store = pipelines.build(frame, shape, out, skip_bad)
     else:
-        typer.echo(f"{len(store):,} images are in {store.folder}")
+        from cxr_course import scaling
+        store = scaling.distributed_decode(frame, shape, out, workers, address=address, skip_bad=skip_bad)
+    typer.echo(f"{len(store):,} images are in {store.folder}")
 
 # %% ../nbs/24_cli.ipynb #b3a28fd4
-def _part(shard: str | None) -> tuple[int, int] | None:
-    "'0/4' as (0, 4)."
-    if shard is None:
-        return None
-    parts = shard.split("/")
-    if len(parts) != 2 or not all(p.isdecimal() for p in parts):
-        from cxr_course.core import CourseError
-        raise CourseError("not a shard", shard, "write I/N, for instance 0/4")
-    return int(parts[0]), int(parts[1])
+#| exporti
 
 # %% ../nbs/24_cli.ipynb #f50e9d8a
 class Layout(str, Enum):
@@ -399,17 +390,11 @@ Run = Annotated[Path, typer.Argument(metavar="RUN", help="A folder that 'cxr-cou
 
 # %% ../nbs/24_cli.ipynb #8030116e
 def _team():
-    "Those that 'launch' gave this process to train with; before anything of TensorFlow is used."
-    if not os.environ.get("CXR_COURSE_TEAM"):
+    "The strategy of a worker that 'launch' started; None for anybody else."
+    if "ray" not in sys.modules:
         return None
-    from cxr_course import job, scaling
-    return job.silently(scaling.strategy_from_environment)
-
-def _leave(strategy) -> None:
-    "Say goodbye to the other processes after the training."
-    if strategy is not None:
-        from cxr_course import scaling
-        scaling.leave(strategy)
+    from cxr_course import ray_engine
+    return ray_engine.worker_strategy()
 
 def _done(run, out: Path) -> None:
     "Where everything is; exit code 130 if the training was cut short."
@@ -486,7 +471,6 @@ def train(
     typer.echo(f"{data}:")
     run = job.train_job(frame, out, shape=shape, duplicates=duplicates.value, resume=resume,
                         strategy=strategy, say=typer.echo, **asked)
-    _leave(strategy)
     _done(run, out)
 
 # %% ../nbs/24_cli.ipynb #5846bff3
@@ -851,34 +835,35 @@ def _train_winner(store, out: Path, seed: int, epochs: int, batch: int) -> None:
 def launch(
     words: Annotated[list[str], typer.Argument(metavar="train ...", help="The training command with its "
             "options; it needs --out.")],
-    workers: Annotated[int, typer.Option(min=2, max=64, help="Processes on this machine.")] = 2,
-    hosts: Annotated[str | None, typer.Option(metavar="NAME:PORT,...", help="Machines instead, the one that "
-            "writes first; each needs this port and the next.", show_default=False)] = None,
-    here: Annotated[int | None, typer.Option(min=0, help="Which of the hosts this machine is, from 0.",
-                                             show_default=False)] = None,
-    wait: Annotated[float, typer.Option(min=.1, help="Seconds to wait for the others.")] = 60.,
+    workers: Annotated[int, typer.Option(min=2, max=64, help="Processes that share each batch.")] = 2,
+    address: Annotated[str | None, typer.Option(metavar="ADDRESS", help="Of a running Ray cluster whose hosts "
+            "see the same files, or 'auto'.", show_default="this machine, loopback only")] = None,
     restarts: Annotated[int, typer.Option(min=0, help="How often to start again after a worker died.")] = 3,
 ) -> None:
     """Train on several processes or machines, and go on from the last epoch when one of them dies.
 
-    The result is the run of one process. Unequal code or images, a taken port or a machine that does not come
-    are told within seconds.
+    The result is the run of one process. It needs the extra `scale` (Ray). On this machine nothing listens
+    beyond loopback; on a cluster Ray's own ports are open to whoever can reach them.
 
     \b
     Examples
       cxr-course launch --workers 2 train --data path/to/chest_xray --out runs/large
-      cxr-course launch --hosts node1:7801,node2:7801 --here 0 train --out runs/large     (on node1)
-      cxr-course launch --hosts node1:7801,node2:7801 --here 1 train --out runs/large     (on node2)
+      cxr-course launch --workers 8 --address auto train --data /shared/chest_xray --out /shared/runs/large
     """
-    from cxr_course import scaling
+    from cxr_course import ray_engine
     from cxr_course.core import CourseError
-    if words[0] != "train": raise CourseError(f"{words[0]!r} cannot be launched", None, "only 'train' can")
-    names = hosts.split(",") if hosts else []
-    if not names: typer.echo("\n".join(["On machines of your own the same would be:",
-                                        *(f"  {line}" for line in scaling.commands(words,
-                                                [f"host{i + 1}:7801" for i in range(workers)])), ""]))
-    if code := scaling.launch(words, workers, names, here, restarts, wait,
-                              say=typer.echo): raise typer.Exit(code)
+    if words[0] != "train":
+        raise CourseError(f"{words[0]!r} cannot be launched", None, "only 'train' can")
+    ray_engine.launch(words, workers, program=run_words, address=address, restarts=restarts, say=typer.echo)
+
+def run_words(
+    words: list[str], # what follows 'cxr-course' in a terminal
+) -> None:
+    "Run a command of the terminal in this process."
+    try:
+        app(words, prog_name="cxr-course", standalone_mode=False)
+    except typer.Exit:
+        return
 
 # %% ../nbs/24_cli.ipynb #fa31fa39
 if __name__ == "__main__" and "__file__" in globals(): app(prog_name="cxr-course")

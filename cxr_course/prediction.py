@@ -117,7 +117,7 @@ def predict(
 # %% ../nbs/20_prediction.ipynb #458a6e0e
 def _look(bundle: Bundle, films: np.ndarray, rows: list[dict]) -> pd.DataFrame:
     "Probabilities of a batch (n, h, w) uint8, and what is unusual about each image."
-    x = films * np.float32(1 / 255)
+    x = images.to_unit(films)
     out = pd.DataFrame(bundle(x), columns=[f"p_{c}" for c in bundle.classes])
     seen = bundle.card.get("seen")
     if not seen:

@@ -52,7 +52,7 @@ def image_stats(
 # %% ../nbs/reference.ipynb #d50c6fa0
 def _images(store: pipelines.Store, rows: np.ndarray) -> np.ndarray:
     "Images (n, h, w) of these rows in [0, 1]."
-    return store.take(rows) * np.float32(1 / 255)
+    return to_unit(store.take(rows))
 
 def _pieces(rows: np.ndarray, size: int = 512) -> list[np.ndarray]:
     return [rows[i:i + size] for i in range(0, len(rows), size)]
