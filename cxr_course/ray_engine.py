@@ -44,7 +44,7 @@ def import_ray(
         raise CourseError(f"this needs Ray, and {e.name or 'a part of it'} is missing", None,
                           'install it with pip install "cxr-course[scale]"') from e
 
-# %% ../nbs/ray_engine.ipynb #899b0630
+# %% ../nbs/ray_engine.ipynb #d4fcd6de
 @contextlib.contextmanager
 def ray_session(
     workers: int = 2, # processes at a time, where Ray is started here
@@ -62,7 +62,6 @@ def ray_session(
     finally: ray.shutdown()
 
 def _refuse_absent(address: str) -> None:
-    "Raise at once where nobody answers, instead of a minute later."
     if address == "auto" or "://" in address: return
     host, _, port = address.rpartition(":")
     try: socket.create_connection((host, int(port)), timeout=5).close()
@@ -225,7 +224,7 @@ def distributed_train(
         except train.TrainingFailedError as e: raise _in_words(e, run) from None
         finally: shutil.rmtree(desk, ignore_errors=True)
 
-# %% ../nbs/ray_engine.ipynb #64868fec
+# %% ../nbs/ray_engine.ipynb #955b7edd
 def launch(
     words: Iterable[str], # the training command, from 'train' on, with --out
     workers: int = 2, # processes that share each batch
@@ -247,4 +246,5 @@ def launch(
                           "ask for at least 2, or train without the launcher")
     bare = [word for word in words if word != "--resume"]
     def job(strategy, resume: bool) -> None: program(bare + ["--resume"] * resume)
-    distributed_train(job, named[-1], workers, address=address, restarts=restarts, resume=bare != words, say=say)
+    distributed_train(job, named[-1], workers, address=address, restarts=restarts, say=say,
+                      resume=bare != words)
