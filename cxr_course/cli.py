@@ -406,7 +406,7 @@ def _done(run, out: Path) -> None:
         raise typer.Exit(130)
 
 # %% ../nbs/24_cli.ipynb #f4d029c9
-@app.command(short_help="Train a network on a data set, and report.")
+@app.command("train", short_help="Train a network on a data set, and report.")
 def train(
     data: Data = "sample",
     model: Annotated[str, typer.Option(metavar="NAME", help="A network: mlp, mlp_d1, mlp_d2, mlp_cured "
@@ -474,7 +474,7 @@ def train(
     _done(run, out)
 
 # %% ../nbs/24_cli.ipynb #5846bff3
-@app.command(short_help="Report how good a run is, here or elsewhere.")
+@app.command("evaluate", short_help="Report how good a run is, here or elsewhere.")
 def evaluate(
     run: Run,
     data: Annotated[str | None, typer.Option(metavar="NAME|FOLDER", help="Another data set with the same "
@@ -510,7 +510,7 @@ def _like(card: dict, data: str, columns: str | None):
     return _load(data, len(labels) if len(labels) in (2, 3) else None, columns)
 
 # %% ../nbs/24_cli.ipynb #647fc22f
-@app.command(short_help="Score image files with a run.")
+@app.command("predict", short_help="Score image files with a run.")
 def predict(
     run: Run,
     files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Images, folders or patterns: PNG, "
@@ -551,7 +551,7 @@ class Map(str, Enum):
     occlusion, integrated, slope = "occlusion", "integrated", "slope"
 
 # %% ../nbs/24_cli.ipynb #87035d47
-@app.command(short_help="Draw where a run looks on an image.")
+@app.command("explain", short_help="Draw where a run looks on an image.")
 def explain(
     run: Run,
     images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Images, folders or patterns: PNG, "
@@ -611,7 +611,7 @@ def _announce(verdict, out: Path | None) -> None:
         raise typer.Exit(1)
 
 # %% ../nbs/24_cli.ipynb #4f052030
-@app.command(short_help="Have the images changed since a run was checked?")
+@app.command("shift", short_help="Have the images changed since a run was checked?")
 def shift(
     run: Run,
     data: Annotated[str, typer.Option(metavar="FOLDER", help="Images that arrived: a data set of any layout, "
@@ -642,7 +642,7 @@ def shift(
     _announce(shifts.monitor(run, data, level, limit=limit, skip_bad=skip_bad), out)
 
 # %% ../nbs/24_cli.ipynb #d6f5ee78
-@app.command(short_help="Run system A's eight models, one change each.")
+@app.command("experiments", short_help="Run system A's eight models, one change each.")
 def experiments(
     data: Annotated[str, typer.Option(metavar="NAME|FOLDER", help="A data set with healthy, bacterial and "
             "viral images.")] = "sample",
@@ -696,7 +696,7 @@ def _compare(folder: Path, out: Path) -> None:
             lab.plot_differences(gains).savefig(part, dpi=120, format="png")
 
 # %% ../nbs/24_cli.ipynb #771bccbe
-@app.command(short_help="Write down what several runs reached.")
+@app.command("record", short_help="Write down what several runs reached.")
 def record(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Finished runs that differ in the seed "
             "only.")],
@@ -725,7 +725,7 @@ class Room(str, Enum):
     "From how large a space to choose."
     system_e, small = "system-e", "small"
 
-@app.command(short_help="Search for a better network within a budget.")
+@app.command("tune", short_help="Search for a better network within a budget.")
 def tune(
     data: Data = "sample",
     method: Annotated[Method, typer.Option(help="random: at random. hyperband: many for a short time, the "
@@ -830,7 +830,7 @@ def _train_winner(store, out: Path, seed: int, epochs: int, batch: int) -> None:
     _done(made, run)
 
 # %% ../nbs/24_cli.ipynb #4c19d867
-@app.command(short_help="Train on several processes or machines; survives the death of one.",
+@app.command("launch", short_help="Train on several processes or machines; survives the death of one.",
              context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
 def launch(
     words: Annotated[list[str], typer.Argument(metavar="train ...", help="The training command with its "
@@ -860,6 +860,7 @@ def run_words(
     words: list[str], # what follows 'cxr-course' in a terminal
 ) -> None:
     "Run a command of the terminal in this process."
+    from cxr_course.cli.__main__ import app   # with every family of commands
     try:
         app(words, prog_name="cxr-course", standalone_mode=False)
     except typer.Exit:

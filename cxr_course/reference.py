@@ -15,6 +15,7 @@ import pandas as pd
 
 from . import cnn, core, pipelines
 from .core import CourseError, Task, atomic, groups
+from .images import to_unit
 
 # %% auto #0
 __all__ = ['GRID', 'IMAGES', 'block_means', 'image_stats', 'reference_stats', 'ood_reasons', 'ood_survey', 'Embedding', 'embed',

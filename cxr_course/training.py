@@ -27,31 +27,15 @@ import pandas as pd
 import tensorflow as tf
 
 from . import cnn, core, decisions, evaluation, pipelines, reference, splits
+from .images import to_unit
+from .losses import cross_entropy
+from .weights import last_activation
 from .core import CourseError, PALETTE, Task, atomic, groups, rng
 
 # %% auto #0
-__all__ = ['SCHEDULES', 'KEEP', 'FORMAT', 'RECIPE', 'cross_entropy', 'best_epoch', 'plateau', 'cosine', 'enough', 'learning_rate',
-           'kept_epoch', 'predict', 'EpochScores', 'validation', 'validation_scores', 'Learner', 'learner',
-           'run_epochs', 'SynchronousLearner', 'normalised', 'fit', 'load_model', 'Run', 'load_run', 'plot_history',
-           'jitter']
-
-# %% ../nbs/12_training.ipynb #682ed5ce
-def cross_entropy(
-    y, # (b,) class numbers, or (b, k) findings as 1, 0 and NaN for unknown
-    z, # (b, 1) or (b, k) logits
-    smoothing: float = 0., # how much of a label's certainty is given away
-): # the mean loss, a scalar tensor
-    "Cross-entropy from logits: for two classes, for many, and for findings of which some are unknown."
-    ops = keras.ops
-    y, z = ops.cast(y, "float32"), ops.cast(z, "float32")
-    if len(y.shape) == 1 and z.shape[-1] > 1:
-        target = ops.one_hot(ops.cast(y, "int32"), z.shape[-1]) * (1 - smoothing) + smoothing / z.shape[-1]
-        return -ops.mean(ops.sum(target * ops.log_softmax(z), axis=-1))
-    y = ops.reshape(y, (-1, z.shape[-1]))
-    known = ops.logical_not(ops.isnan(y))
-    y = ops.where(known, y, 0.) * (1 - smoothing) + smoothing / 2
-    each = ops.maximum(z, 0.) - z * y + ops.log1p(ops.exp(-ops.abs(z)))
-    return ops.sum(ops.where(known, each, 0.)) / ops.maximum(ops.sum(ops.cast(known, "float32")), 1.)
+__all__ = ['SCHEDULES', 'KEEP', 'FORMAT', 'RECIPE', 'best_epoch', 'plateau', 'cosine', 'enough', 'learning_rate', 'kept_epoch',
+           'predict', 'EpochScores', 'validation', 'validation_scores', 'Learner', 'learner', 'run_epochs',
+           'SynchronousLearner', 'normalised', 'fit', 'load_model', 'Run', 'load_run', 'plot_history', 'jitter']
 
 # %% ../nbs/12_training.ipynb #15d49bd8
 def best_epoch(
@@ -157,19 +141,9 @@ def _refuse_misfit(model, store) -> None:
     if tuple(size) != (None, None) and tuple(size) != tuple(store.shape):
         raise CourseError(f"the model takes images of {size[0]} x {size[1]}, the store holds {store.shape[0]} x {store.shape[1]}",
                           model.name, "build one of them with the other's shape")
-    if (last := _last_activation(model)) in ("sigmoid", "softmax"):
+    if (last := last_activation(model)) in ("sigmoid", "softmax"):
         raise CourseError(f"the model ends in a {last}: it gives probabilities, and logits are wanted", model.name,
                           "wrap(model) takes the last activation off")
-
-def _last_activation(model) -> str:
-    "Name of the activation a model ends in; empty if it has none."
-    layer = model
-    while getattr(layer, "layers", None):
-        history = getattr(layer.outputs[0], "_keras_history", None) if getattr(layer, "outputs", None) else None
-        last = history.operation if history else layer.layers[-1]
-        layer = last if last is not layer else layer.layers[-1]
-    activation = getattr(layer, "activation", None)
-    return type(layer).__name__.lower() if activation is None else getattr(activation, "__name__", "")
 
 def _forward(model, shape: tuple[int, int]):
     "The model compiled for batches of any size."
@@ -179,11 +153,7 @@ def _forward(model, shape: tuple[int, int]):
 def _logits(forward, store, rows: np.ndarray, batch: int = 64) -> np.ndarray:
     "Logits (n, k) of these rows."
     pieces = (rows[i:i + batch] for i in range(0, len(rows), batch))
-    return np.concatenate([forward(tf.constant(_unit(store.take(piece)))).numpy() for piece in pieces])
-
-def _unit(pixels: np.ndarray) -> np.ndarray:
-    "Bytes (b, h, w) as float32 (b, h, w, 1) in [0, 1]."
-    return (pixels * np.float32(1 / 255))[..., None]
+    return np.concatenate([forward(tf.constant(to_unit(store.take(piece))[..., None])).numpy() for piece in pieces])
 
 # %% ../nbs/12_training.ipynb #4557e227
 class EpochScores(keras.metrics.Metric):
@@ -737,7 +707,7 @@ def normalised(
     shape = part.input_shape[1:]
     first = keras.Sequential([keras.Input(shape), normaliser.layer(), *part.layers], name="features")
     out = keras.Sequential([keras.Input(shape), first, *rest], name=model.name)
-    out.spec = getattr(model, "spec", None)
+    out.spec = getattr(model, "spec", None) or cnn.describe(model)
     return out
 
 # %% ../nbs/12_training.ipynb #3555f872
@@ -832,7 +802,7 @@ def _hash(*stores) -> str:
 
 def _plan(model, train, val, name: str | None, given: _Given) -> dict:
     "What is trained on what; a killed run is continued only by the same plan."
-    spec, stores = getattr(model, "spec", None), {id(s): s for s in (train, val)}.values()
+    spec, stores = getattr(model, "spec", None) or cnn.describe(model), {id(s): s for s in (train, val)}.values()
     normaliser = given.normaliser and {k: getattr(given.normaliser, k) for k in ("kind", "mean", "std")}
     return dict(model=name or model.name, spec=asdict(spec) if spec else None, parameters=model.count_params(), data=_hash(*stores),
                 optimizer=_describe(given.optimizer) or getattr(spec, "optimizer", "adam"), augment=_describe(given.augment),

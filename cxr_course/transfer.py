@@ -22,6 +22,8 @@ import keras
 import numpy as np
 import pandas as pd
 
+from .images import to_unit
+from .weights import check_weight_file
 from . import augmentation, cnn, data, phantom, pipelines, splits, training
 from .core import PALETTE, CourseError, Task, atomic, cache_dir, groups, pick, progress, rng, sha256
 from .mlp import dense_params
@@ -246,20 +248,6 @@ def build(
     return model
 
 # %% ../nbs/14_transfer.ipynb #e4cba024
-def _refuse_stranger(file: Path) -> None:
-    "Say what a file is that is no file of weights."
-    with open(file, "rb") as f:
-        start = f.read(512)
-    text = start.lstrip().lower()
-    if text.startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
-        raise CourseError("this is a web page, not weights: the download gave an error or a login page", file, "open it in a browser and read it, then download again")
-    if text.startswith(b"version https://git-lfs"):
-        raise CourseError("this is a Git LFS pointer, not the weights themselves", file, "run `git lfs pull`")
-    if not start:
-        raise CourseError("the file is empty", file, "download it again")
-    if not start.startswith((b"\x89HDF\r\n\x1a\n", b"PK\x03\x04")):
-        raise CourseError("this is neither HDF5 nor a Keras file", file, "weights come as .keras, .weights.h5 or .h5; those of PyTorch (.pt, .pth) do not fit")
-
 def _misfit(file: Path, why: str) -> CourseError:
     return CourseError(f"the weights are of another architecture: {why}", file, "take weights of this backbone, or the backbone of these weights")
 
@@ -299,7 +287,7 @@ def load_weights(
 ) -> None:
     "Give a backbone the weights of a file, or say why they do not fit and leave it as it was."
     file, before = Path(file), look.get_weights()
-    _refuse_stranger(file)
+    check_weight_file(file)
     try:
         if zipfile.is_zipfile(file) or file.suffix == ".keras":
             model = training.load_model(file)
@@ -413,7 +401,7 @@ def extract(
         return tf.reduce_mean(look(x, training=False), (1, 2)) if pool else look(x, training=False)
     forward = tf.function(maps).get_concrete_function(tf.TensorSpec((None, *store.shape, 1), tf.float32))
     def see(rows):
-        return forward(tf.constant((store.take(rows) * np.float32(1 / 255))[..., None])).numpy()
+        return forward(tf.constant(to_unit(store.take(rows))[..., None])).numpy()
     parts, starts = [], range(0, len(store), shard)
     for start in progress(starts, "extracting features", unit="shard") if len(starts) > 1 else starts:
         file = folder / f"{start:09d}.npy"
