@@ -153,7 +153,7 @@ def worker_strategy(): # a tf.distribute strategy; None in a process that trains
     "The strategy that `distributed_train` started this process with."
     return _strategy
 
-# %% ../nbs/ray_engine.ipynb #a1c0d0e4
+# %% ../nbs/ray_engine.ipynb #2a669bb7
 def _callback(queue):
     "Tells of each death, and ends the training after a mistake."
     from ray.train import UserCallback
@@ -162,7 +162,7 @@ def _callback(queue):
             for error in worker_exceptions.values():
                 if _would_recur(error): raise error
             dead = [str(i) for i, e in sorted(worker_exceptions.items()) if _is_death(e)]
-            queue.put(f"worker {', '.join(dead) or 'unknown'} was killed; the others were stopped")
+            queue.put(f"worker {', '.join(dead) or '(unknown)'} was lost; the others were stopped")
     return Watch()
 
 def _would_recur(error) -> bool:

@@ -72,6 +72,7 @@ def team_job(folder):
         import time
         me, fate = strategy.cluster_resolver.task_id, folder / "fate"
         with open(folder / f"attempts-{me}", "a") as f: f.write(f"{resume} ")
+        print(f"here is {me}")
         if not resume:
             try: fit(folder, "never", strategy=strategy, lr=.1 + me)
             except CourseError as e: (folder / f"refused-{me}").write_text(str(e))
@@ -123,7 +124,8 @@ def test_two_workers_of_which_one_is_killed_give_the_run_of_one(runs):
 
 @needs_ray
 def test_the_death_is_told_and_the_first_worker_is_heard(runs):
-    assert sum("worker 1 was killed" in line or "failed" in line for line in runs.said) == 1, runs.said
+    assert any("was lost; the others were stopped" in line for line in runs.said), runs.said
+    assert runs.said.count("here is 0") == 2 and "here is 1" not in runs.said
 
 
 @needs_ray
