@@ -837,34 +837,36 @@ def launch(
             "options; it needs --out.")],
     workers: Annotated[int, typer.Option(min=2, max=64, help="Processes that share each batch.")] = 2,
     address: Annotated[str | None, typer.Option(metavar="ADDRESS", help="Of a running Ray cluster whose hosts "
-            "see the same files, or 'auto'.", show_default="this machine, loopback only")] = None,
+            "see the same files, or 'auto'.", show_default="this machine")] = None,
     restarts: Annotated[int, typer.Option(min=0, help="How often to start again after a worker died.")] = 3,
 ) -> None:
     """Train on several processes or machines, and go on from the last epoch when one of them dies.
 
-    The result is the run of one process. It needs the extra `scale` (Ray). On this machine nothing listens
-    beyond loopback; on a cluster Ray's own ports are open to whoever can reach them.
+    The result is the run of one process. It needs Ray: pip install "cxr-course[scale]".
+
+    On this machine Ray listens on 127.0.0.1 only. While several processes train, TensorFlow opens one port each
+    that other machines can reach and that asks for no password: use it behind a firewall or in a network you
+    trust. With --address, --data and --out must be folders that all hosts see under the same name.
 
     \b
     Examples
       cxr-course launch --workers 2 train --data path/to/chest_xray --out runs/large
-      cxr-course launch --workers 8 --address auto train --data /shared/chest_xray --out /shared/runs/large
+      cxr-course launch --address auto --workers 8 train --data /shared/chest_xray --out /shared/runs/large
     """
     from cxr_course import ray_engine
     from cxr_course.core import CourseError
     if words[0] != "train":
         raise CourseError(f"{words[0]!r} cannot be launched", None, "only 'train' can")
+    from cxr_course.cli.__main__ import app   # with every family of commands
+    typer.main.get_command(app).commands["train"].make_context("train", words[1:])   # wrong options are told now
     ray_engine.launch(words, workers, program=run_words, address=address, restarts=restarts, say=typer.echo)
 
 def run_words(
     words: list[str], # what follows 'cxr-course' in a terminal
 ) -> None:
-    "Run a command of the terminal in this process."
+    "Run a command in a worker; a mistake is raised, for printed there nobody would read it."
     from cxr_course.cli.__main__ import app   # with every family of commands
-    try:
-        app(words, prog_name="cxr-course", standalone_mode=False)
-    except typer.Exit:
-        return
+    app(["--debug", *words], standalone_mode=False)
 
 # %% ../nbs/24_cli.ipynb #fa31fa39
 if __name__ == "__main__" and "__file__" in globals(): app(prog_name="cxr-course")

@@ -66,12 +66,12 @@ def _refuse_weights_alone(backbone: str | None, weights, fallback: str | None) -
     "Weights belong to a backbone, and a file of them must be there before an image is decoded."
     weights = str(weights)
     if backbone is None and (weights != "none" or fallback is not None):
-        raise preparing._refusal("weights belong to a backbone, and none is named", weights,
+        raise CourseError("weights belong to a backbone, and none is named", weights,
                                  "name one, for instance backbone='vgg16'",
                                  "add --backbone, for instance --backbone vgg16")
     if weights not in ("none", "phantom", "imagenet") and fallback is None and not Path(weights).is_file():
         names = "check the name, or give one of none, phantom, imagenet"
-        raise preparing._refusal("there is no such file of weights", weights,
+        raise CourseError("there is no such file of weights", weights,
                                  f"{names}; `fallback` says what to take instead",
                                  f"{names}; --fallback says what to take instead")
 
@@ -91,10 +91,10 @@ def _refuse_out(out: Path, resume: bool) -> None:
         raise CourseError("the run is there already and is never overwritten", out,
                           "name another one, or remove it yourself")
     if resume and not _hidden(out).exists():
-        raise preparing._refusal("there is nothing to resume", out, "start it without `resume`",
+        raise CourseError("there is nothing to resume", out, "start it without `resume`",
                                  "start it without --resume")
     if not resume and can_resume(out):
-        raise preparing._refusal("a killed run lies here unfinished", _hidden(out),
+        raise CourseError("a killed run lies here unfinished", _hidden(out),
                                  "continue it with resume=True, or remove it",
                                  "add --resume to continue it, or remove it")
 

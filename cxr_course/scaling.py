@@ -49,8 +49,7 @@ def devices(
 # %% ../nbs/22_scaling.ipynb #ray00019
 def _remote_decode(ray, workers: int) -> Callable:
     "What `pipelines.build` takes as `decode`: workers decode the shards, a bounded number at a time."
-    shard = getattr(pipelines, "decode_shard", _one_alone)            # in transition: pipelines.decode_shard
-    task = ray.remote(num_cpus=1, max_retries=3)(shard)
+    task = ray.remote(num_cpus=1, max_retries=3)(pipelines.decode_shard)
     def decode(shards: list[list[str]], shape: tuple[int, int]) -> Iterator[tuple]:
         waiting: deque = deque()
         for paths in shards:
@@ -65,15 +64,6 @@ def _given(ray, answer):
         raise CourseError("a decoding process was killed four times, perhaps because memory was short", None,
                           "run it again with fewer workers: finished shards are not decoded twice") from e
 
-def _one_alone(paths, shape, workers): return pipelines._one(paths[0], shape)                # in transition
-
-def _build(frame, shape, folder, skip_bad, decode, workers):                                  # in transition
-    if hasattr(pipelines, "decode_shard"):
-        return pipelines.build(frame, shape, folder, skip_bad, decode=decode)
-    ours, pipelines._one = pipelines._one, lambda path, shape: next(decode([[path]], shape))
-    try: return pipelines.build(frame, shape, folder, skip_bad, workers=2 * workers)
-    finally: pipelines._one = ours
-
 # %% ../nbs/22_scaling.ipynb #41cf78ee
 def distributed_decode(
     frame: pd.DataFrame, # a frame of images
@@ -86,7 +76,7 @@ def distributed_decode(
 ): # the store, byte for byte the one of `pipelines.build`
     "Decode images with several processes or hosts; what a killed run had done is not done again."
     with ray_session(workers, address) as ray:
-        return _build(frame, shape, folder, skip_bad, _remote_decode(ray, workers), workers)
+        return pipelines.build(frame, shape, folder, skip_bad, decode=_remote_decode(ray, workers))
 
 # %% ../nbs/22_scaling.ipynb #ray00020
 def _same_search(folder: Path, trials: list[dict]) -> None:
