@@ -11,10 +11,12 @@ import numpy as np
 from sklearn.metrics import roc_auc_score
 
 from cxr_course.core import rng
-from cxr_course.bootstrap import resample, resampled_auc
+from cxr_course.stats.bootstrap import resample, resampled_auc
 
 
-def bench(images: int = 25_000, patients: int = 3_000, findings: int = 14, times: int = 1_000, loop: int = 6) -> dict:
+def bench(
+    images: int = 25_000, patients: int = 3_000, findings: int = 14, times: int = 1_000, loop: int = 6
+) -> dict:
     "Seconds of both ways on the same data, their ratio, and the largest difference between their figures."
     g = rng(0, "bench.evaluation")
     keys = g.integers(0, patients, images)
@@ -32,8 +34,10 @@ def bench(images: int = 25_000, patients: int = 3_000, findings: int = 14, times
         drawn = np.concatenate([rows[c] for c in np.repeat(np.arange(len(counts)), counts[:, j])])
         for f in range(findings): plain[f, j] = roc_auc_score(truth[f, drawn], score[f, drawn])
     scaled = (time.perf_counter() - start) * times / loop
-    return dict(name=f"AUC intervals, {images} images x {findings} findings x {times} resamples by patient", seconds=round(vectorised, 2), peer="loop over scikit-learn, scaled",
-                peer_seconds=round(scaled, 1), ratio=round(scaled / vectorised, 1), largest_difference=float(np.abs(ours[:, :loop] - plain).max()))
+    return dict(name=f"AUC intervals, {images} images x {findings} findings x {times} resamples by patient",
+                seconds=round(vectorised, 2), peer="loop over scikit-learn, scaled",
+                peer_seconds=round(scaled, 1), ratio=round(scaled / vectorised, 1),
+                largest_difference=float(np.abs(ours[:, :loop] - plain).max()))
 
 
 if __name__ == "__main__":

@@ -19,8 +19,9 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from cxr_course import cnn, training
-from cxr_course.core import Task
+from cxr_course.frame import Task
+from cxr_course.models.cnn import build_cnn
+from cxr_course.training.learner import learner, run_epochs
 
 SIDE, BATCH, STEPS = 64, 32, 20
 
@@ -31,17 +32,19 @@ def batches(seed):
 
 
 def bare(metrics):
-    net = cnn.build("smallnet", (SIDE, SIDE, 1), seed=0)
-    net.compile(keras.optimizers.Adam(1e-3), keras.losses.BinaryCrossentropy(from_logits=True), metrics=metrics)
+    net = build_cnn("smallnet", (SIDE, SIDE, 1), seed=0)
+    net.compile(keras.optimizers.Adam(1e-3), keras.losses.BinaryCrossentropy(from_logits=True),
+                metrics=metrics)
     return lambda: net.fit(batches(0), verbose=0, shuffle=False)
 
 
 def ours():
-    net = cnn.build("smallnet", (SIDE, SIDE, 1), seed=0)
-    taught, history = training.learner(net, Task(("no", "yes"), "classes"), lr=1e-3), []
+    net = build_cnn("smallnet", (SIDE, SIDE, 1), seed=0)
+    taught, history = learner(net, Task(("no", "yes"), "classes"), lr=1e-3), []
     def epoch():
         history.clear()
-        training.run_epochs(taught, batches, lambda: dict(val_loss=0.), history, epochs=1, lr=1e-3, schedule="constant")
+        run_epochs(taught, batches, lambda: dict(val_loss=0.0), history, epochs=1, lr=1e-3,
+                   schedule="constant")
     return epoch
 
 
@@ -57,7 +60,8 @@ if __name__ == "__main__":
     IMAGES = draw.random((BATCH * STEPS, SIDE, SIDE, 1), dtype="float32")
     TRUTH = draw.integers(0, 2, BATCH * STEPS).astype("int32")
     calls = dict(plain=bare([]), plain_again=bare([]), ours=ours(),
-                 metrics=bare([keras.metrics.BinaryAccuracy(threshold=0.), keras.metrics.AUC(from_logits=True)]))
+                 metrics=bare([keras.metrics.BinaryAccuracy(threshold=0.0),
+                               keras.metrics.AUC(from_logits=True)]))
     for call in calls.values():
         call()                                                        # compile
     found = {name: [] for name in calls}
@@ -68,5 +72,7 @@ if __name__ == "__main__":
     for kind, of in enumerate(("clock", "processor")):
         def ratio(one, other):
             return round(float(np.median(found[one][:, kind] / found[other][:, kind])), 4)
-        print(json.dumps(dict(of=of, step_ms=round(1000 * float(np.median(found["plain"][:, kind])) / STEPS, 2), ours_to_bare=ratio("ours", "plain"),
-                              ours_to_bare_with_metrics=ratio("ours", "metrics"), bare_to_bare=ratio("plain_again", "plain"), rounds=len(found["ours"]))))
+        print(json.dumps(dict(of=of, step_ms=round(1000 * float(np.median(found["plain"][:, kind])) / STEPS,
+                                                   2), ours_to_bare=ratio("ours", "plain"),
+                              ours_to_bare_with_metrics=ratio("ours", "metrics"),
+                              bare_to_bare=ratio("plain_again", "plain"), rounds=len(found["ours"]))))

@@ -35,7 +35,11 @@ def above_tiny(node: ast.AST) -> bool:
     "Whether these statements run, or this claim is made, only above size tiny."
     if isinstance(node, ast.If): return bool(GUARD.search(ast.unparse(node.test)))
     claim = node.test if isinstance(node, ast.Assert) else None
-    return isinstance(claim, ast.BoolOp) and isinstance(claim.op, ast.Or) and bool(GUARD.search(ast.unparse(claim.values[0])))
+    return (
+        isinstance(claim, ast.BoolOp)
+        and isinstance(claim.op, ast.Or)
+        and bool(GUARD.search(ast.unparse(claim.values[0])))
+    )
 
 
 class Noting(ast.NodeTransformer):
@@ -44,16 +48,19 @@ class Noting(ast.NodeTransformer):
 
     def note(self, claim: ast.expr) -> ast.stmt:
         self.claims.append(ast.unparse(claim))
-        sides = {ast.unparse(side) for node in ast.walk(claim) if isinstance(node, ast.Compare) for side in (node.left, *node.comparators) if not isinstance(side, ast.Constant)}
+        sides = {ast.unparse(side) for node in ast.walk(claim) if isinstance(node, ast.Compare)
+                 for side in (node.left, *node.comparators) if not isinstance(side, ast.Constant)}
         operands = "{" + ", ".join(f"{name!r}: {name}" for name in sorted(sides)) + "}"
         return ast.parse(f"_note_claim({ast.unparse(claim)!r}, {ast.unparse(claim)}, {operands})").body[0]
 
     def visit_If(self, node):
-        if above_tiny(node): node.body = [self.note(n.test) if isinstance(n, ast.Assert) else n for n in node.body]
+        if above_tiny(node):
+            node.body = [self.note(n.test) if isinstance(n, ast.Assert) else n for n in node.body]
         return node
 
     def visit_Assert(self, node):
-        return self.note(ast.BoolOp(ast.Or(), node.test.values[1:]) if len(node.test.values) > 2 else node.test.values[1]) if above_tiny(node) else node
+        return self.note(ast.BoolOp(ast.Or(), node.test.values[1:]) if len(node.test.values) > 2
+                         else node.test.values[1]) if above_tiny(node) else node
 
 
 def guarded(source: str) -> tuple[list[str], str]:
@@ -67,7 +74,8 @@ def guarded(source: str) -> tuple[list[str], str]:
 def lesson(name: str) -> Path:
     "The notebook of that name, wherever it lies."
     found = sorted(p for p in (ROOT / "nbs").rglob(f"{name}*.ipynb") if not p.name.startswith((".", "_")))
-    if len(found) != 1: sys.exit(f"{len(found)} notebooks are called {name}: {', '.join(p.name for p in found)}")
+    if len(found) != 1:
+        sys.exit(f"{len(found)} notebooks are called {name}: {', '.join(p.name for p in found)}")
     return found[0]
 
 
@@ -82,13 +90,17 @@ def measure(path: Path, size: str, out: Path) -> int:
         found, cell.source = guarded(cell.source)
         claims += len(found)
     if not claims: print(f"{path.stem}: no claim is guarded"); return 0
-    nb.cells = [nbformat.v4.new_code_cell(NOTE), *nb.cells, nbformat.v4.new_code_cell("import json; print('claims:' + json.dumps(_claims))")]
+    nb.cells = [nbformat.v4.new_code_cell(NOTE), *nb.cells,
+                nbformat.v4.new_code_cell("import json; print('claims:' + json.dumps(_claims))")]
     os.environ["CXR_COURSE_SIZE"], start = size, time.time()
-    NotebookClient(nb, timeout=7200, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}}).execute()
-    text = "".join(o.get("text", "") for c in nb.cells if c.cell_type == "code" for o in c.outputs if o.output_type == "stream" and o.name == "stdout")
+    NotebookClient(nb, timeout=7200, kernel_name="python3",
+                   resources={"metadata": {"path": str(path.parent)}}).execute()
+    text = "".join(o.get("text", "") for c in nb.cells if c.cell_type == "code" for o in c.outputs
+                   if o.output_type == "stream" and o.name == "stdout")
     found = json.loads(re.search(r"^claims:(.*)$", text, re.M)[1])
     assert len(found) == claims or size == "tiny"
-    result = dict(lesson=path.stem, date=date.today().isoformat(), size=size, command=f"python tests/measure_claims.py {path.stem}", seconds=round(time.time() - start),
+    result = dict(lesson=path.stem, date=date.today().isoformat(), size=size,
+                  command=f"python tests/measure_claims.py {path.stem}", seconds=round(time.time() - start),
                   headline=re.findall(r"^headline: (.*)$", text, re.M), claims=found)
     out.mkdir(parents=True, exist_ok=True)
     (out / f"claims-{path.stem}.json").write_text(json.dumps(result, indent=1) + "\n")

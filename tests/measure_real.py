@@ -13,31 +13,52 @@ from tempfile import TemporaryDirectory
 
 import pandas as pd
 
-from cxr_course import classical, data, evaluation, exploration, pipelines, splits
-from cxr_course.core import atomic, cache_dir, classes, frame, patients
+from cxr_course.core import atomic, cache_dir
+from cxr_course.data import shortcuts as shortcuts_module
+from cxr_course.data.building import build_store
+from cxr_course.data.exploration import glance
+from cxr_course.data.files import shape_of
+from cxr_course.data.loading import load
+from cxr_course.data.pipeline import Normalizer
+from cxr_course.data.splits import hold_out, split_by_patient
+from cxr_course.evaluation.breakdown import evaluate
+from cxr_course.evaluation.metrics import aucs
+from cxr_course.frame import make_frame
+from cxr_course.models.baseline import fit_classical
+from cxr_course.stats.intervals import auc_interval
 
 RESULTS = Path(__file__).parent.parent / "nbs" / "results"
 
 
 def keep(name: str, command: str, rows: list[dict]) -> None:
-    with atomic(RESULTS / f"{name}.json") as part: part.write_text(json.dumps(dict(date=date.today().isoformat(), command=command, rows=rows), indent=1) + "\n")
+    with atomic(RESULTS / f"{name}.json") as part:
+        part.write_text(json.dumps(dict(date=date.today().isoformat(), command=command, rows=rows),
+                                   indent=1) + "\n")
     print(pd.DataFrame(rows).to_string())
 
 
 def shortcuts(root: Path) -> None:
     "AUC of everything but the lungs, for chapter 03."
     def alone(words, films, target=None):
-        found = exploration.shortcuts(films, exploration.glance(films), target=target, unknown="picture")
-        return dict(films=words, number=len(films)) | {r.shortcut: [round(v, 3) for v in (r.auc, r.low, r.high)] for r in found.itertuples() if pd.notna(r.auc)}
-    kaggle, covid = data.load(root / "kaggle/chest_xray"), data.load(root / "covid_qu_ex_layout", classes=2)
-    kinds = data.load(root / "kaggle/chest_xray", classes=3)
+        found = shortcuts_module.shortcuts(films, glance(films), target=target, unknown="picture")
+        return dict(films=words,
+                    number=len(films)) | {r.shortcut: [round(v, 3) for v in (r.auc, r.low, r.high)]
+                                          for r in found.itertuples() if pd.notna(r.auc)}
+    kaggle, covid = load(root / "kaggle/chest_xray"), load(root / "covid_qu_ex_layout", classes=2)
+    kinds = load(root / "kaggle/chest_xray", classes=3)
     ill = kinds[kinds["label"] != "NORMAL"].reset_index(drop=True)
     ill["label"] = ill["label"].cat.remove_unused_categories()
     normals = covid[covid["label"] == covid["label"].cat.categories[0]].assign(label="adult or unknown")
-    children = frame([dict(path=str(p), label="child", **dict(zip(("height", "width"), data.shape_of(p)))) for p in sorted((root / "covid_qu_ex_layout/confound_paediatric_normals").glob("*.png"))])
-    mixed = frame(pd.concat([normals.drop(columns="label").assign(label="adult or unknown"), children.assign(label="child")]), labels=["adult or unknown", "child"])
+    children = make_frame(
+        [
+            dict(path=str(p), label="child", **dict(zip(("height", "width"), shape_of(p))))
+            for p in sorted((root / "covid_qu_ex_layout/confound_paediatric_normals").glob("*.png"))
+        ]
+    )
+    mixed = make_frame(pd.concat([normals.drop(columns="label").assign(label="adult or unknown"),
+                                  children.assign(label="child")]), labels=["adult or unknown", "child"])
     keep("shortcuts", 'shortcuts(films, glance(films), unknown="picture")', [
-        alone("Kermany (Kaggle) at original size: pneumonia", data.load(root / "kaggle_full_size/chest_xray")),
+        alone("Kermany (Kaggle) at original size: pneumonia", load(root / "kaggle_full_size/chest_xray")),
         alone("Kermany (Kaggle) shrunk to 224 x 224: pneumonia", kaggle),
         alone("of these, those with pneumonia: virus against bacteria", ill),
         alone("COVID-QU-Ex layout, all of one size: COVID-19 against normal", covid),
@@ -46,16 +67,19 @@ def shortcuts(root: Path) -> None:
 
 def bars(root: Path) -> None:
     "What a classical machine reaches, for chapter 09."
-    sets = [("Kaggle (Kermany et al.), 64 x 64", splits.hold_out(data.load(root / "kaggle/chest_xray"), .2, unknown="picture"), (64, 64)),
-            ("PneumoniaMNIST, 28 x 28", data.load(root / "pneumoniamnist_standin.npz"), (28, 28))]
+    sets = [("Kaggle (Kermany et al.), 64 x 64", hold_out(load(root / "kaggle/chest_xray"), 0.2,
+                                                          unknown="picture"), (64, 64)),
+            ("PneumoniaMNIST, 28 x 28", load(root / "pneumoniamnist_standin.npz"), (28, 28))]
     rows = []
     for words, films, shape in sets:
-        store = pipelines.build(films, shape)
+        store = build_store(films, shape)
         for kind in ("svm", "logistic"):
-            reader = classical.fit(store, kind, unknown="picture")
-            figures = evaluation.evaluate(reader.predict(store, "test"), reader.threshold, "picture").set_index("metric")
+            reader = fit_classical(store, kind, unknown="picture")
+            figures = evaluate(reader.predict(store, "test"), reader.threshold, "picture").set_index("metric")
             of = lambda metric: [round(float(v), 3) for v in figures.loc[metric, ["value", "low", "high"]]]
-            rows.append(dict(films=words, taught=int((films["split"] != "test").sum()), tested=int((films["split"] == "test").sum()), machine=f"PCA + {kind}", auc=of("AUC"), accuracy=of("accuracy")))
+            rows.append(dict(films=words, taught=int((films["split"] != "test").sum()),
+                             tested=int((films["split"] == "test").sum()), machine=f"PCA + {kind}",
+                             auc=of("AUC"), accuracy=of("accuracy")))
     keep("bars", 'classical.bar(pipelines.build(films, shape), kind, unknown="picture")', rows)
 
 
@@ -63,54 +87,90 @@ def nih(root: Path) -> None:
     "Fourteen findings on 800 films, plain against weighted loss, for chapter 15."
     import tempfile
 
-    from cxr_course import cnn, imbalance, training
-    films = data.load(root / "nih")
-    held = films["split"] == "val"                                                        # the second list that came with it; 15 patients are in both
+    from cxr_course.evaluation.rare_findings import judged
+    from cxr_course.models.cnn import build_cnn
+    from cxr_course.models.losses import honest, loss_for, start_bias
+    from cxr_course.training.fit import fit
+    from cxr_course.training.recipe import basic_augmentation
+    films = load(root / "nih")
+    # the second list that came with it; 15 patients are in both
+    held = films["split"] == "val"
     films = films[held | ~films["patient"].isin(set(films.loc[held, "patient"]))]
-    films = splits.hold_out(films.assign(split=films["split"].replace({"val": "test"})).reset_index(drop=True), .2)
-    store, names, rows = pipelines.build(films, (64, 64)), classes(films), []
+    films = hold_out(films.assign(split=films["split"].replace({"val": "test"})).reset_index(drop=True), .2)
+    store, names, rows = build_store(films, (64, 64)), classes(films), []
     for kind, seed in ((k, s) for k in ("plain", "weighted") for s in range(3)):
-        loss = imbalance.loss_for(store, kind)
-        model = imbalance.start_bias(cnn.build("separable", (64, 64, 1), len(names), seed=seed), store, loss)
-        with tempfile.TemporaryDirectory() as place: run = training.fit(model, store, run=Path(place, "run"), epochs=25, lr=3e-3, optimizer="adamw", schedule="cosine", patience=25, seed=seed, augment=training.jitter((64, 64)), loss=loss)
+        loss = loss_for(store, kind)
+        model = start_bias(build_cnn("separable", (64, 64, 1), len(names), seed=seed), store, loss)
+        with tempfile.TemporaryDirectory() as place:
+            run = fit(model, store, run=Path(place, "run"), epochs=25, lr=3e-3, optimizer="adamw",
+                      schedule="cosine", patience=25, seed=seed, augment=basic_augmentation((64, 64)),
+                      loss=loss)
         p = run.predictions[run.predictions["split"] == "test"].reset_index(drop=True)
-        found = imbalance.judged(p)
+        found = judged(p)
         rare = found.index[found["value"].isna()]
         kept = [c for c in names if c not in rare]
         said = lambda q: round(float(q[[f"p_{c}" for c in kept]].to_numpy().mean()), 3)
-        macro = evaluation.aucs(p.drop(columns=[*rare, *(f"p_{c}" for c in rare)])).loc["macro"]
-        rows.append(dict(loss=kind, seed=seed, taught=int((films["split"] == "train").sum()), tested=len(p), patients=p["patient"].nunique(), AUC=[round(float(v), 3) for v in macro[["value", "low", "high"]]],
-                         so=round(float(p[kept].to_numpy().mean()), 3), said=said(p), corrected=said(imbalance.honest(p, loss)),
-                         findings=[dict(finding=c, patients=int(r.patients), auc=None if c in rare else round(float(r.value), 3)) for c, r in zip(found.index, found.itertuples())]))
+        macro = aucs(p.drop(columns=[*rare, *(f"p_{c}" for c in rare)])).loc["macro"]
+        rows.append(dict(loss=kind, seed=seed, taught=int((films["split"] == "train").sum()), tested=len(p),
+                         patients=p["patient"].nunique(), AUC=[round(float(v), 3)
+                                                               for v in macro[["value", "low", "high"]]],
+                         so=round(float(p[kept].to_numpy().mean()), 3), said=said(p),
+                         corrected=said(honest(p, loss)),
+                         findings=[dict(finding=c, patients=int(r.patients), auc=None if c in rare
+                                        else round(float(r.value), 3)) for c,
+                                   r in zip(found.index, found.itertuples())]))
     keep("nih-losses", "python tests/measure_real.py path/to/real/data nih", rows)
 
 
 def shift(root: Path) -> None:
     "COVID-19 against normal with children or adults as the normals, whole and covered, and the monitor's verdicts, for chapter 19."
-    from cxr_course import shift, training
+    from cxr_course.shift.interventions import intervene
+    from cxr_course.shift.monitor import monitor
+    from cxr_course.shift.trials import intervention_effects, shortcut_trial
+    from cxr_course.training.run import load_run
     folder, shape, seeds, words = root / "covid_qu_ex_layout", (96, 96), (0, 1, 2), ["Normal", "COVID-19"]
-    adults = data.load(folder, classes=2, sizes=False)
+    adults = load(folder, classes=2, sizes=False)
     paths = [str(p) for p in sorted((folder / "confound_paediatric_normals").glob("*.png"))]
-    young = splits.split(frame([dict(path=p, label="Normal") for p in paths], words), {"train": .6, "val": .15, "test": .25}, unknown="picture")
+    young = split_by_patient(make_frame([dict(path=p, label="Normal") for p in paths], words),
+                             {"train": 0.6, "val": 0.15, "test": 0.25}, unknown="picture")
     ill, normal = (adults[adults["label"] == c] for c in ("COVID-19", "Normal"))
-    joined = lambda *parts: frame(pd.concat(parts), words)
+    joined = lambda *parts: make_frame(pd.concat(parts), words)
     test = lambda films: films[films["split"] == "test"]
-    with_young = joined(young, ill[ill["split"] == "train"].head(150), ill[ill["split"] == "val"].head(30), test(ill))
-    whole = pipelines.build(joined(adults, young), shape)
-    tests = {"adults": joined(test(ill), test(normal)), "children as normals, all": joined(test(ill), young), "children as normals, held out": joined(test(ill), test(young))}
+    with_young = joined(young, ill[ill["split"] == "train"].head(150), ill[ill["split"] == "val"].head(30),
+                        test(ill))
+    whole = build_store(joined(adults, young), shape)
+    tests = {"adults": joined(test(ill), test(normal)), "children as normals, all": joined(test(ill), young),
+             "children as normals, held out": joined(test(ill), test(young))}
     trials, monitors = [], []
     with TemporaryDirectory() as place:
-        for taught, films, read in (("adults", adults, ("adults", "children as normals, all")), ("children", with_young, ("children as normals, held out", "adults"))):
+        for taught, films, read in (
+            ("adults", adults, ("adults", "children as normals, all")),
+            ("children", with_young, ("children as normals, held out", "adults")),
+        ):
             for view in ("full picture", "cropped", "centre blacked out", "border only"):
-                seen = whole if view == "full picture" else shift.alter(whole, view)
-                t = shift.trial(view, seen.using(films), {r: seen.using(tests[r]) for r in read}, Path(place, taught), seeds, "separable", "picture", epochs=12, lr=3e-3, schedule="cosine", patience=99)
-                trials += [dict(taught=taught, view=view, tested=r.place, films=len(tests[r.place]), auc=[round(v, 3) for v in (r.value, r.low, r.high)]) for r in shift.bars(t).itertuples()]
-            run = training.load_run(Path(place, taught, "full-picture-0"))
+                seen = whole if view == "full picture" else intervene(whole, view)
+                t = shortcut_trial(view, seen.using(films), {r: seen.using(tests[r]) for r in read},
+                                   Path(place, taught), seeds, "separable", "picture", epochs=12, lr=3e-3,
+                                   schedule="cosine", patience=99)
+                trials += [dict(taught=taught, view=view, tested=r.place, films=len(tests[r.place]),
+                                auc=[round(v, 3) for v in (r.value, r.low, r.high)])
+                           for r in intervention_effects(t).itertuples()]
+            run = load_run(Path(place, taught, "full-picture-0"))
             shift.reference(run, whole.using(films))
-            for words_, new in (("adults of the test set", tests["adults"]), ("normal adults of the test set", test(normal)), ("children", test(young) if taught == "children" else young), ("other pneumonia", data.load(folder, sizes=False).query("label == 'Non-COVID'"))):
-                v = shift.monitor(run, whole.using(new) if words_ != "other pneumonia" else pipelines.build(new, shape))
-                monitors.append(dict(taught=taught, new=words_, films=len(new), auc=[round(x, 3) for x in v.apart[:3]], p=round(v.p, 3), shift=v.shift))
-    found = dict(date=date.today().isoformat(), command="python tests/measure_real.py path/to/real/data shift", data="layout of COVID-QU-Ex: 450 COVID-19, 450 normal, 90 other pneumonia, 78 children passed off as normal adults", shape=shape, seeds=len(seeds), model="separable", trials=trials, monitors=monitors)
+            for words_, new in (
+                ("adults of the test set", tests["adults"]),
+                ("normal adults of the test set", test(normal)),
+                ("children", test(young) if taught == "children" else young),
+                ("other pneumonia", load(folder, sizes=False).query("label == 'Non-COVID'")),
+            ):
+                v = monitor(run, whole.using(new) if words_ != "other pneumonia" else build_store(new, shape))
+                monitors.append(dict(taught=taught, new=words_, films=len(new),
+                                     auc=[round(x, 3) for x in v.apart[:3]], p=round(v.p, 3), shift=v.shift))
+    found = dict(date=date.today().isoformat(),
+                 command="python tests/measure_real.py path/to/real/data shift",
+                 data="layout of COVID-QU-Ex: 450 COVID-19, 450 normal, 90 "
+                 "other pneumonia, 78 children passed off as normal adults", shape=shape, seeds=len(seeds),
+                 model="separable", trials=trials, monitors=monitors)
     with atomic(RESULTS / "shift.json") as part: part.write_text(json.dumps(found, indent=1) + "\n")
     print(pd.DataFrame(trials).to_string(), pd.DataFrame(monitors).to_string(), sep="\n")
 
@@ -124,48 +184,82 @@ def simulated(recipe: str, shape: tuple[int, int]):
 
     import keras
 
-    from cxr_course import augmentation, cnn, training, transfer
-    if recipe.startswith("fourteen"):                                                     # the eyes that weights="phantom" lends
-        done = training.load_run(transfer.pretrain(shape=shape, patients=2000, epochs=20).parent)
-        return done, lambda p: 1 - (1 - p[[f"p_{c}" for c in OPACITIES]]).prod(axis=1), lambda p: p[list(OPACITIES)].max(axis=1)
-    store = transfer.pretraining_films(2000, shape, kind="pneumonia")
-    augment, model = augmentation.Augment(), transfer.build("compact", (*shape, 1))
+    from cxr_course.models.cnn import CNN_SPECS, build_cnn, classifier_head, feature_extractor
+    from cxr_course.training.augmentation import Augmentation
+    from cxr_course.training.backbones import (
+    build_backbone, pretrain_on_phantom, pretraining_images, was_killed,
+)
+    from cxr_course.training.fit import fit
+    from cxr_course.training.recipe import STRONG_RECIPE
+    from cxr_course.training.run import load_run
+    # the eyes that weights="phantom" lends
+    if recipe.startswith("fourteen"):
+        done = load_run(pretrain_on_phantom(shape=shape, patients=2000, epochs=20).parent)
+        return (
+            done,
+            lambda p: 1 - (1 - p[[f"p_{c}" for c in OPACITIES]]).prod(axis=1),
+            lambda p: p[list(OPACITIES)].max(axis=1),
+        )
+    store = pretraining_images(2000, shape, kind="pneumonia")
+    augment, model = Augmentation(), build_backbone("compact", (*shape, 1))
     if recipe.endswith("strong augmentation"):
-        augment = augmentation.Augment(turn=8, shift=.1, zoom=.2, contrast=.5, brightness=.2)
-        plain = cnn.build(replace(cnn.SPECS["separable"], rescale=None), (*shape, 1))
-        look = keras.Sequential([keras.Input((*shape, 1)), pipelines.Normalizer("film").layer(), *cnn.features(plain).layers], name="features")
-        model = keras.Sequential([keras.Input((*shape, 1)), look, cnn.head(plain)], name="compact")
+        augment = Augmentation(turn=8, shift=.1, zoom=.2, contrast=.5, brightness=.2)
+        plain = build_cnn(replace(CNN_SPECS["separable"], rescale=None), (*shape, 1))
+        look = keras.Sequential([keras.Input((*shape, 1)), Normalizer("film").layer(),
+                                 *feature_extractor(plain).layers], name="features")
+        model = keras.Sequential([keras.Input((*shape, 1)), look, classifier_head(plain)], name="compact")
     run = cache_dir("phantom_only") / f"{recipe.replace(' ', '-').replace(',', '')}-{shape[0]}"
-    done = training.load_run(run) if (run / "card.json").exists() else training.fit(model, store, run=run, epochs=20, augment=augment, resume=transfer.killed(run), **training.RECIPE)
+    done = (
+        load_run(run)
+        if (run / "card.json").exists()
+        else fit(model, store, run=run, epochs=20, augment=augment, resume=was_killed(run), **STRONG_RECIPE)
+    )
     return done, lambda p: p["p_PNEUMONIA"], lambda p: (p["label"] == "PNEUMONIA").astype(float)
 
 
 def phantom_only(root: Path) -> None:
     "Networks taught by the phantom alone on real films, for chapter 14. The three recipes were fixed before; no real film took part in any choice."
-    from cxr_course import cnn
-    sets = [("Kaggle (Kermany et al.), test cut by patient", data.load(root / "kaggle/chest_xray"), (64, 64)), ("PneumoniaMNIST stand-in, test", data.load(root / "pneumoniamnist_standin.npz"), (28, 28))]
+    from cxr_course.models.cnn import probabilities
+    sets = [("Kaggle (Kermany et al.), test cut by patient", load(root / "kaggle/chest_xray"), (64, 64)),
+            ("PneumoniaMNIST stand-in, test", load(root / "pneumoniamnist_standin.npz"), (28, 28))]
     three, rows = lambda e: [round(float(v), 3) for v in e[:3]], []
     for words, films, shape in sets:
         test = films[films["split"] == "test"].reset_index(drop=True)
-        store = pipelines.build(test, shape)
-        for recipe in ("fourteen findings of adults", "children, ill or not", "children, ill or not, each film scaled by itself, strong augmentation"):
+        store = build_store(test, shape)
+        for recipe in (
+            "fourteen findings of adults",
+            "children, ill or not",
+            "children, ill or not, each film scaled by itself, strong augmentation",
+        ):
             run, score, truth = simulated(recipe, shape)
             own, names = run.predictions[run.predictions["split"] == "test"], run.card["labels"]
-            real = pd.DataFrame(cnn.probabilities(run.model.predict(store.array(), verbose=0), run.card["kind"] == "findings"), columns=[f"p_{c}" for c in names])
-            rows.append(dict(real_films=words, number=len(test), size=f"{shape[0]} x {shape[1]}", taught=recipe, phantom_test=three(evaluation.auc_interval(truth(own), score(own), patients(own))),
-                             real_test=three(evaluation.auc_interval(test["label"] == "PNEUMONIA", score(real), patients(test, "picture")))))
-        keep("phantom_only", "python tests/measure_real.py path/to/real/data phantom_only", rows)      # what is done is done
+            real = pd.DataFrame(probabilities(run.model.predict(store.array(), verbose=0),
+                                              run.card["kind"] == "findings"),
+                                columns=[f"p_{c}" for c in names])
+            rows.append(dict(real_films=words, number=len(test), size=f"{shape[0]} x {shape[1]}",
+                             taught=recipe,
+                             phantom_test=three(auc_interval(truth(own), score(own), patients(own))),
+                             real_test=three(auc_interval(test["label"] == "PNEUMONIA", score(real),
+                                                          patients(test, "picture")))))
+        # what is done is done
+        keep("phantom_only", "python tests/measure_real.py path/to/real/data phantom_only", rows)
 
 
 def borrowed(root: Path) -> None:
     "What the phantom's eyes save on real films, for chapter 14."
-    from cxr_course import augmentation, training, transfer
-    store = pipelines.build(data.load(root / "kaggle/chest_xray"), (64, 64))
-    recipe = training.RECIPE | dict(augment=augmentation.Augment())
-    curve = transfer.learning_curve(store, (50, 200, 1000), [("compact", "none"), ("compact", "phantom")], range(3), cache_dir("borrowed-100-epochs"), steps=600, unknown="picture", **recipe)
-    keep("borrowed", "python tests/measure_real.py path/to/real/data borrowed", curve.round(4).to_dict("records"))
+    from cxr_course.training.augmentation import Augmentation
+    from cxr_course.training.learning_curve import learning_curve
+    from cxr_course.training.recipe import STRONG_RECIPE
+    store = build_store(load(root / "kaggle/chest_xray"), (64, 64))
+    recipe = STRONG_RECIPE | dict(augment=Augmentation())
+    curve = learning_curve(store, (50, 200, 1000), [("compact", "none"), ("compact", "phantom")], range(3),
+                           cache_dir("borrowed-100-epochs"), steps=600, unknown="picture", **recipe)
+    keep("borrowed", "python tests/measure_real.py path/to/real/data borrowed",
+         curve.round(4).to_dict("records"))
 
 
 if __name__ == "__main__":
     if len(sys.argv) < 2: sys.exit(__doc__)
-    for what in sys.argv[2:] or ("shortcuts", "bars", "shift", "nih"): {"shortcuts": shortcuts, "bars": bars, "shift": shift, "nih": nih, "phantom_only": phantom_only, "borrowed": borrowed}[what](Path(sys.argv[1]))
+    for what in sys.argv[2:] or ("shortcuts", "bars", "shift", "nih"):
+        {"shortcuts": shortcuts, "bars": bars, "shift": shift, "nih": nih, "phantom_only": phantom_only,
+         "borrowed": borrowed}[what](Path(sys.argv[1]))

@@ -7,15 +7,22 @@ import pytest
 
 def guarded_claims(notebook):
     cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
-    return [claim for cell in cells if cell["cell_type"] == "code" for claim in measure_claims.guarded("".join(cell["source"]))[0]]
+    return [claim for cell in cells if cell["cell_type"] == "code"
+            for claim in measure_claims.guarded("".join(cell["source"]))[0]]
 
 
 def test_guarded_claims_are_found():
     source = 'x = 1\nif core.size() != "tiny": assert x < 2 and x > 0\nassert core.size() == "tiny" or x == 1\nassert x'
     claims, noted = measure_claims.guarded(source)
     assert claims == ["x < 2 and x > 0", "x == 1"]
-    assert "_note_claim('x < 2 and x > 0', x < 2 and x > 0, {'x': x})" in noted and noted.endswith("assert x") and "assert x == 1" not in noted
-    assert measure_claims.guarded("if core.size() != 'tiny': y = 2") == ([], "if core.size() != 'tiny': y = 2")
+    assert (
+        "_note_claim('x < 2 and x > 0', x < 2 and x > 0, {'x': x})" in noted
+        and noted.endswith("assert x")
+        and "assert x == 1" not in noted
+    )
+    assert measure_claims.guarded("if core.size() != 'tiny': y = 2") == (
+        [], "if core.size() != 'tiny': y = 2",
+    )
 
 
 @pytest.mark.parametrize("lesson", ["18_gradcam", "19_shift"])

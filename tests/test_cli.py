@@ -20,8 +20,11 @@ def environment(**more):
 
 def cxr(*words, code=0, cwd=None, **env):
     "Run the program in a process of its own; return (stdout, stderr)."
-    done = subprocess.run([sys.executable, "-c", START, *map(str, words)], capture_output=True, text=True, cwd=cwd, env=environment(**env), timeout=600)
-    assert done.returncode == code, f"exit code {done.returncode}, expected {code}\n{done.stdout}\n{done.stderr}"
+    done = subprocess.run([sys.executable, "-c", START, *map(str, words)], capture_output=True, text=True,
+                          cwd=cwd, env=environment(**env), timeout=600)
+    assert (
+        done.returncode == code
+    ), f"exit code {done.returncode}, expected {code}\n{done.stdout}\n{done.stderr}"
     assert "Traceback" not in done.stderr
     return done.stdout, done.stderr
 
@@ -30,7 +33,8 @@ def cxr(*words, code=0, cwd=None, **env):
 def place(tmp_path_factory, cache):
     "A folder with a small simulated world in the layout of the Kaggle set."
     folder = tmp_path_factory.mktemp("terminal")
-    out, _ = cxr("data", "phantom", "films", "--layout", "kaggle", "--patients", 36, "--pixels", 64, cwd=folder)
+    out, _ = cxr("data", "phantom", "films", "--layout", "kaggle", "--patients", 36, "--pixels", 64,
+                 cwd=folder)
     assert "simulated patients" in out
     return folder
 
@@ -45,33 +49,40 @@ def trained(place):
 def test_help_teaches():
     out, _ = cxr("--help")
     assert "cxr-course train" in out and "never for diagnosis" in out
-    for command in ("train", "evaluate", "predict", ("data", "show"), ("data", "check"), ("data", "phantom"), ("data", "list"), ("data", "explore"), ("data", "augment"), "experiments", "record", "explain", "shift", "tune", "launch", ("data", "decode")):
+    for command in (
+        "train", "evaluate", "predict", ("data", "show"), ("data", "check"), ("data", "phantom"),
+        ("data", "list"), ("data", "explore"), ("data", "augment"), "experiments", "record", "explain",
+        "shift", "tune", "launch", ("data", "decode"),
+    ):
         page, _ = cxr(*([command] if isinstance(command, str) else command), "--help")
         assert "Example" in page and "Usage: cxr-course" in page
 
 
 def test_nothing_heavy_is_imported_for_help():
     code = "import sys, cxr_course.cli; print([m for m in ('tensorflow', 'keras', 'pandas', 'numpy', 'matplotlib', 'cxr_course.core') if m in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+                          check=True).stdout.strip() == "[]"
 
 
 def test_train_help_loads_no_network():
-    code = ("import sys\nfrom cxr_course.cli import app\ntry: app(['train', '--help'], prog_name='cxr-course')\n"
-            "except SystemExit: pass\nprint([m for m in ('tensorflow', 'keras', 'pandas') if m in sys.modules])")
+    code = (
+        "import sys\nfrom cxr_course.cli import app\ntry: app(['train', '--help'], prog_name='cxr-course')\n"
+        "except SystemExit: pass\nprint([m for m in ('tensorflow', 'keras', 'pandas') if m in sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]" and "learning rate" in done.stdout.lower()
 
 
 def test_an_error_has_a_remedy_for_each_door():
     "The terminal says its own remedy where there is one; an error that nobody foresaw is no words."
-    from cxr_course import cli
+    from cxr_course.cli.app import _in_words
     from cxr_course.core import CourseError
     error = CourseError("2 files are no images", "films", "pass skip_bad=True")
-    assert "pass skip_bad=True" in cli._in_words(error)
+    assert "pass skip_bad=True" in _in_words(error)
     error.typed = "add --skip-bad"
-    assert cli._in_words(error) == "2 files are no images: films\n  What to do: add --skip-bad"
-    assert "disk is full" in cli._in_words(OSError(28, "No space left on device"))
-    assert cli._in_words(OSError(2, "gone")) is None and cli._in_words(ValueError("a fault of ours")) is None
+    assert _in_words(error) == "2 files are no images: films\n  What to do: add --skip-bad"
+    assert "disk is full" in _in_words(OSError(28, "No space left on device"))
+    assert _in_words(OSError(2, "gone")) is None and _in_words(ValueError("a fault of ours")) is None
 
 
 def test_version():
@@ -80,7 +91,8 @@ def test_version():
 
 
 def test_module_runs_too():
-    done = subprocess.run([sys.executable, "-m", "cxr_course.cli", "--version"], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "cxr_course.cli", "--version"], capture_output=True,
+                          text=True)
     assert done.returncode == 0 and done.stdout.startswith("cxr-course ")
 
 
@@ -96,14 +108,23 @@ def test_data_commands(place):
 def test_train_leaves_everything(trained):
     place, out, err = trained
     run = place / "runs" / "first"
-    for name in ("model.keras", "card.json", "history.csv", "predictions.csv", "images.csv", "reference.npz", "report/report.html", "report/report.png", "report/report.json"):
+    for name in (
+        "model.keras", "card.json", "history.csv", "predictions.csv", "images.csv", "reference.npz",
+        "report/report.html", "report/report.png", "report/report.json",
+    ):
         assert (run / name).is_file(), name
-    for words in ("epoch   1/2", "val AUC", "sensitivity", "specificity", "95 % interval", "truth, then called", "report.html"): assert words in out
+    for words in (
+        "epoch   1/2", "val AUC", "sensitivity", "specificity", "95 % interval", "truth, then called",
+        "report.html",
+    ):
+        assert words in out
     assert "oneDNN" not in err and "cuda" not in err.lower()            # TensorFlow's greetings
     images = list(csv.DictReader(open(run / "images.csv", encoding="utf8")))
-    assert {i["split"] for i in images} == {"train", "val", "test"} and all(len(i["sha256"]) == 64 for i in images)
+    assert {i["split"] for i in images} == {"train", "val",
+                                            "test"} and all(len(i["sha256"]) == 64 for i in images)
     patients = {s: {i["patient"] for i in images if i["split"] == s} for s in ("train", "val", "test")}
-    assert not (patients["train"] & patients["val"] or patients["train"] & patients["test"] or patients["val"] & patients["test"])
+    assert not (patients["train"] & patients["val"] or patients["train"] & patients["test"]
+                or patients["val"] & patients["test"])
     assert "seen" in json.loads((run / "card.json").read_text(encoding="utf8"))
 
 
@@ -118,11 +139,14 @@ def test_evaluate_repeats_the_report(trained):
 
 def test_evaluate_elsewhere_leaves_out_what_was_learned(trained):
     place, *_ = trained
-    cxr("data", "phantom", "elsewhere", "--layout", "kaggle", "--patients", 36, "--pixels", 64, "--seed", 3, cwd=place)
+    cxr("data", "phantom", "elsewhere", "--layout", "kaggle", "--patients", 36, "--pixels", 64, "--seed", 3,
+        cwd=place)
     known = sorted((place / "films" / "train" / "NORMAL").iterdir())[0]
     shutil.copy(known, place / "elsewhere" / "test" / "NORMAL" / "IM-9999-0001.jpeg")
     out, _ = cxr("evaluate", "runs/first", "--data", "elsewhere", cwd=place)
-    assert "has learned from 1 of" in out and list((place / "runs" / "first").glob("report-elsewhere/report.html"))
+    assert "has learned from 1 of" in out and list(
+        (place / "runs" / "first").glob("report-elsewhere/report.html")
+    )
     _, err = cxr("evaluate", "runs/first", "--data", "sample-covid", cwd=place, code=2)
     assert "another question" in err
 
@@ -146,20 +170,23 @@ def test_augment_then_train_on_the_copies_with_the_strong_recipe(place):
     with open(place / "copies" / "images.csv") as f: rows = list(csv.DictReader(f))
     copies = [r for r in rows if r["meta_copy_of"]]
     assert copies and {r["split"] for r in copies} == {"train"} and f"{len(copies)} copies" in out
-    cxr("train", "--data", "copies/images.csv", "--model", "separable", "--recipe", "strong", "--out", "runs/strong", "--size", 32, "--epochs", 1, cwd=place)
+    cxr("train", "--data", "copies/images.csv", "--model", "separable", "--recipe", "strong", "--out",
+        "runs/strong", "--size", 32, "--epochs", 1, cwd=place)
     training = json.loads((place / "runs" / "strong" / "card.json").read_text())["training"]
     assert training["optimizer"] == "adamw" and "Augment" in training["augment"]
 
 
 def test_experiments_and_records(trained):
     place = trained[0]
-    words = ("experiments", "--data", "films", "--out", "runs/list", "--only", "A1", "--only", "A2", "--seeds", 1, "--epochs", 1, "--scale", ".4")
+    words = ("experiments", "--data", "films", "--out", "runs/list", "--only", "A1", "--only", "A2",
+             "--seeds", 1, "--epochs", 1, "--scale", ".4")
     out, _ = cxr(*words, cwd=place)
     assert "RMSprop instead of SGD" in out and (place / "runs/list/differences.png").stat().st_size > 5000
     stamp = (place / "runs/list/A1/seed-0/card.json").stat().st_mtime
     cxr(*words, cwd=place)
     assert (place / "runs/list/A1/seed-0/card.json").stat().st_mtime == stamp
-    cxr("record", "runs/first", "--data", "phantom", "--command", "train", "--out", "results/first.json", cwd=place)
+    cxr("record", "runs/first", "--data", "phantom", "--command", "train", "--out", "results/first.json",
+        cwd=place)
     assert json.loads((place / "results/first.json").read_text())["runs"][0]["auc"]
 
 
@@ -168,17 +195,26 @@ def test_predict(trained):
     some = sorted((place / "films" / "test" / "PNEUMONIA").iterdir())[:2]
     (place / "text.png").write_text("no picture")
     out, err = cxr("predict", "runs/first", *some, "text.png", "--csv", "scores.csv", cwd=place, code=2)
-    assert out.count("score 0.") == 2 and "text.png" not in out and "text.png" in err and "None of them is a diagnosis" in err
+    assert (
+        out.count("score 0.") == 2
+        and "text.png" not in out
+        and "text.png" in err
+        and "None of them is a diagnosis" in err
+    )
     rows = list(csv.DictReader(open(place / "scores.csv", encoding="utf8")))
-    kept = {r["path"]: float(r["p_PNEUMONIA"]) for r in csv.DictReader(open(place / "runs" / "first" / "predictions.csv", encoding="utf8"))}
+    kept = {r["path"]: float(r["p_PNEUMONIA"])
+            for r in csv.DictReader(open(place / "runs" / "first" / "predictions.csv", encoding="utf8"))}
     for r in rows: assert abs(float(r["p_PNEUMONIA"]) - kept[str(Path(r["path"]).relative_to(place))]) < 1e-6
     cxr("predict", "runs/first", *some, "text.png", "--skip-bad", cwd=place)
-    assert "never overwritten" in cxr("predict", "runs/first", some[0], "--csv", "scores.csv", cwd=place, code=2)[1]
+    assert "never overwritten" in cxr("predict", "runs/first", some[0], "--csv", "scores.csv", cwd=place,
+                                      code=2)[1]
 
 
 def test_ctrl_c_keeps_the_best_model(place):
-    words = ["train", "--data", "films", "--out", "runs/cut", "--size", "32", "--epochs", "900", "--patience", "900"]
-    running = subprocess.Popen([sys.executable, "-c", START, *words], cwd=place, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment())
+    words = ["train", "--data", "films", "--out", "runs/cut", "--size", "32", "--epochs", "900", "--patience",
+             "900"]
+    running = subprocess.Popen([sys.executable, "-c", START, *words], cwd=place, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True, env=environment())
     lines, sent = [], False
     for line in running.stdout:
         lines.append(line)
@@ -186,7 +222,9 @@ def test_ctrl_c_keeps_the_best_model(place):
     err = running.stderr.read()
     assert running.wait(timeout=120) == 130, err
     assert any("kept so far" in line and "runs" in line for line in lines)
-    assert (place / "runs" / "cut" / "model.keras").is_file() and (place / "runs" / "cut" / "report" / "report.html").is_file()
+    assert (place / "runs" / "cut" / "model.keras").is_file() and (
+        place / "runs" / "cut" / "report" / "report.html"
+    ).is_file()
     assert "Traceback" not in err
 
 
@@ -215,7 +253,8 @@ MISTAKES = [
 @pytest.fixture(scope="module")
 def spoiled(place):
     "Copies of the world, each spoiled in one way."
-    def copy(name): return shutil.copytree(place / "films", place / name, ignore=shutil.ignore_patterns("truth.csv"))
+    def copy(name):
+        return shutil.copytree(place / "films", place / name, ignore=shutil.ignore_patterns("truth.csv"))
     no_test = copy("no_test")
     for part in ("val", "test"): shutil.rmtree(no_test / part)
     one = copy("one_class")
@@ -227,11 +266,15 @@ def spoiled(place):
     cut = copy("truncated") / "train" / "NORMAL"
     whole = sorted(cut.iterdir())[0]
     (cut / "IM-7777-0001.jpeg").write_bytes(whole.read_bytes()[:-300])
-    leak = copy("leak")                                                # one patient on two sides, by the names of the Mendeley set
-    for part in ("train", "test"): shutil.copy(sorted((leak / "train" / "PNEUMONIA").iterdir())[len(part) - 4], leak / part / "PNEUMONIA" / f"VIRUS-00001-000{len(part)}.jpeg")
+    # one patient on two sides, by the names of the Mendeley set
+    leak = copy("leak")
+    for part in ("train", "test"):
+        shutil.copy(sorted((leak / "train" / "PNEUMONIA").iterdir())[len(part) - 4],
+                    leak / part / "PNEUMONIA" / f"VIRUS-00001-000{len(part)}.jpeg")
     strangers = copy("strangers")                                      # files whose names tell no patient
     for part in ("train", "test"):
-        for i, path in enumerate(sorted((strangers / part / "NORMAL").iterdir())): path.rename(path.with_name(f"{part} {i}.jpeg"))
+        for i, path in enumerate(sorted((strangers / part / "NORMAL").iterdir())):
+            path.rename(path.with_name(f"{part} {i}.jpeg"))
     return place
 
 
@@ -240,13 +283,16 @@ def test_mistakes_are_answered_in_words(spoiled, words, told):
     before = {p.name for p in (spoiled / "runs").glob("*")} if (spoiled / "runs").exists() else set()
     _, err = cxr(*words, cwd=spoiled, code=2)
     for t in told: assert t in err, err
-    for python in ("skip_bad=True", "resume=True", "unknown=", "hold_out", "data.check("): assert python not in err      # remedies in the language of the terminal
+    # remedies in the language of the terminal
+    for python in ("skip_bad=True", "resume=True", "unknown=", "hold_out", "data.check("):
+        assert python not in err
     after = {p.name for p in (spoiled / "runs").glob("*")} if (spoiled / "runs").exists() else set()
     assert after == before                                             # nothing half-made is left
 
 
 def test_skip_bad_names_what_it_skips(spoiled):
-    out, _ = cxr("train", "--data", "bad", "--out", "runs/skipping", "--size", 32, "--epochs", 1, "--skip-bad", cwd=spoiled)
+    out, _ = cxr("train", "--data", "bad", "--out", "runs/skipping", "--size", 32, "--epochs", 1,
+                 "--skip-bad", cwd=spoiled)
     assert out.count("skipped:") == 2 and "text.jpeg" in out and "nothing.jpeg" in out
 
 
@@ -254,7 +300,7 @@ def test_small_disk_and_debug(place, monkeypatch):
     "In this process, where the free space can be played."
     from typer.testing import CliRunner
 
-    from cxr_course.cli import app
+    from cxr_course.cli.__main__ import app
     monkeypatch.chdir(place)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 9, 1))
     told = CliRunner().invoke(app, ["train", "--data", "films", "--out", "runs/none"])
@@ -272,35 +318,53 @@ def test_explain_draws_where_a_run_looks(trained):
     place, *_ = trained
     film = sorted((place / "films/test").rglob("*.jpeg"))[0]
     out, err = cxr("explain", "runs/first", film, "--finding", "PNEUMONIA", "--out", "overlay.png", cwd=place)
-    assert "PNEUMONIA, score" in out and "None of them is a diagnosis" in err and (place / "overlay.png").exists()
+    assert (
+        "PNEUMONIA, score" in out
+        and "None of them is a diagnosis" in err
+        and (place / "overlay.png").exists()
+    )
     out, _ = cxr("explain", "runs/first", "films/test", "--out", "overlays", cwd=place)
     films = list((place / "films/test").rglob("*.jpeg"))
-    assert len(out.splitlines()) == len(films) == len(list((place / "overlays").glob("*.png"))) and (place / "overlays/overlays.csv").exists()
+    assert (
+        len(out.splitlines()) == len(films) == len(list((place / "overlays").glob("*.png")))
+        and (place / "overlays/overlays.csv").exists()
+    )
 
 
 def test_explain_says_what_is_wrong(trained, monkeypatch):
     "In this process, which has TensorFlow already."
     from typer.testing import CliRunner
 
-    from cxr_course.cli import app
+    from cxr_course.cli.__main__ import app
     place, *_ = trained
     monkeypatch.chdir(place)
     film = sorted((place / "films/test").rglob("*.jpeg"))[0]
     (place / "there.png").write_bytes(b"")
-    for words, says in [((film, "--finding", "Mass", "--out", "x.png"), "it knows NORMAL, PNEUMONIA"), ((film, "--out", "there.png"), "never overwritten"), (("films/test", "--out", "y.png"), "do not fit into one file"),
-                        (("there.png", "--out", "z.png"), "empty"), ((film, "--method", "magic", "--out", "z.png"), "gradcam")]:
+    for words, says in [
+        ((film, "--finding", "Mass", "--out", "x.png"), "it knows NORMAL, PNEUMONIA"),
+        ((film, "--out", "there.png"), "never overwritten"),
+        (("films/test", "--out", "y.png"), "do not fit into one file"),
+        (("there.png", "--out", "z.png"), "empty"),
+        ((film, "--method", "magic", "--out", "z.png"), "gradcam"),
+    ]:
         told = CliRunner().invoke(app, ["explain", "runs/first", *map(str, words)])
-        assert told.exit_code == 2 and says in told.output and not any((place / n).exists() for n in ("x.png", "y.png", "z.png"))
+        assert (
+            told.exit_code == 2
+            and says in told.output
+            and not any((place / n).exists() for n in ("x.png", "y.png", "z.png"))
+        )
 
 
 def test_the_methods_are_those_of_chapter_18():
-    from cxr_course import cli, gradcam
-    assert [m.value for m in cli.Map] == list(gradcam.METHODS)
+    from cxr_course.cli.look import MapChoice
+    from cxr_course.explain.maps import CAM_METHODS
+    assert [m.value for m in MapChoice] == list(CAM_METHODS)
 
 
 def test_shift_gives_a_verdict(trained):
     place, *_ = trained
-    out, _ = cxr("shift", "runs/first", "--data", "films", cwd=place)                            # the run's own test films
+    # the run's own test films
+    out, _ = cxr("shift", "runs/first", "--data", "films", cwd=place)
     assert "No shift was found" in out and (place / "runs/first/reference.npz").exists()
     from PIL import Image, ImageOps
     for p in sorted((place / "films/test").rglob("*.jpeg")):
@@ -308,7 +372,11 @@ def test_shift_gives_a_verdict(trained):
         q.parent.mkdir(exist_ok=True)
         ImageOps.invert(Image.open(p).convert("L")).save(q)
     out, _ = cxr("shift", "runs/first", "--data", "negatives", "--out", "verdict", code=1, cwd=place)
-    assert "A shift was found" in out and (place / "verdict/index.html").exists() and (place / "verdict/verdict.json").exists()
+    assert (
+        "A shift was found" in out
+        and (place / "verdict/index.html").exists()
+        and (place / "verdict/verdict.json").exists()
+    )
     _, err = cxr("shift", "runs/first", "--data", "negatives", "--out", "verdict", code=2, cwd=place)
     assert "never overwritten" in err
     (place / "nothing").mkdir()
@@ -317,10 +385,17 @@ def test_shift_gives_a_verdict(trained):
 
 
 def test_tune_searches_resumes_and_trains_the_winner_once(place):
-    words = ("tune", "--data", "films", "--size", 36, "--space", "small", "--epochs", 1, "--method", "random", "--out", "runs/search")
+    words = ("tune", "--data", "films", "--size", 36, "--space", "small", "--epochs", 1, "--method", "random",
+             "--out", "runs/search")
     out, _ = cxr(*words, "--trials", 2, cwd=place)
-    assert "the best of 2 trials" in out and "looks better than it is" in out and "left at most" in out and "val AUC" in out
-    for file in ("trials.csv", "parallel.png", "best/card.json", "best/report/report.html", "logs"): assert (place / "runs/search" / file).exists()
+    assert (
+        "the best of 2 trials" in out
+        and "looks better than it is" in out
+        and "left at most" in out
+        and "val AUC" in out
+    )
+    for file in ("trials.csv", "parallel.png", "best/card.json", "best/report/report.html", "logs"):
+        assert (place / "runs/search" / file).exists()
     _, err = cxr(*words, "--trials", 3, cwd=place, code=2)
     assert "--resume" in err
     out, _ = cxr(*words, "--trials", 3, "--resume", cwd=place)
@@ -334,7 +409,10 @@ def test_launch_is_train_by_two(place):
     import pandas as pd
     words = ["--data", "films", "--size", 32, "--epochs", 1]
     out, _ = cxr("launch", "--workers", 2, "train", *words, "--out", "runs/pair", cwd=place)
-    assert "cxr-course launch --hosts host1:7801,host2:7801 --here 1 train" in out and "Everything is in runs/pair" in out
+    assert (
+        "cxr-course launch --hosts host1:7801,host2:7801 --here 1 train" in out
+        and "Everything is in runs/pair" in out
+    )
     cxr("train", *words, "--out", "runs/lone", cwd=place)
     one, two = (pd.read_csv(place / "runs" / name / "history.csv") for name in ("lone", "pair"))
     assert abs(one["loss"] - two["loss"]).max() < 1e-4 and abs(one["val_loss"] - two["val_loss"]).max() < 1e-3
@@ -373,9 +451,15 @@ def test_a_backbone_with_a_file_of_weights(place):
 
 def test_findings_are_chosen_by_name(place):
     cxr("data", "phantom", "many", "--layout", "nih", "--patients", 60, "--pixels", 40, cwd=place)
-    out, _ = cxr("train", "--data", "many", "--findings", "Infiltration,Effusion", "--backbone", "compact", "--weights", "none.h5", "--fallback", "none", "--loss", "weighted", "--size", 32, "--epochs", 1, "--out", "runs/two findings", cwd=place)
+    out, _ = cxr("train", "--data", "many", "--findings", "Infiltration,Effusion", "--backbone", "compact",
+                 "--weights", "none.h5", "--fallback", "none", "--loss", "weighted", "--size", 32, "--epochs",
+                 1, "--out", "runs/two findings", cwd=place)
     card = json.loads((place / "runs/two findings/card.json").read_text())
-    assert set(card["labels"]) == {"Infiltration", "Effusion"} and "asked for none.h5, took none" in card["model"]["spec"]["note"] and "SigmoidLoss" in str(card["training"]["loss"])
+    assert (
+        set(card["labels"]) == {"Infiltration", "Effusion"}
+        and "asked for none.h5, took none" in card["model"]["spec"]["note"]
+        and "SigmoidLoss" in str(card["training"]["loss"])
+    )
     assert "Too few patients to judge" in out
     _, err = cxr("train", "--data", "many", "--findings", "Broken arm", cwd=place, code=2)
     assert "Broken arm" in err and "Effusion" in err
@@ -384,22 +468,26 @@ def test_findings_are_chosen_by_name(place):
 
 
 def test_real_kaggle_folder_is_arranged_by_patient(real_data):
-    from cxr_course import data, job, splits
+    from cxr_course.data.loading import load
+    from cxr_course.data.splits import leakage
+    from cxr_course.training.preparing import arrange
     folder = real_data / "kaggle" / "chest_xray"
     if not folder.is_dir(): pytest.skip(f"no Kaggle set at {folder}")
-    frame, said = job.arrange(data.load(folder, unknown="image"))
+    frame, said = arrange(load(folder, unknown="image"))
     assert any("only 16 images" in s for s in said) and any("no patient" in s for s in said)
     parts = dict(tuple(frame.groupby("split")))
     assert len(parts["test"]) == 601 and .13 < len(parts["val"]) / (len(frame) - 601) < .17
-    assert not splits.leakage(parts["train"], parts["val"])
+    assert not leakage(parts["train"], parts["val"])
 
 
 def test_real_nih_lists_share_patients(real_data):
-    from cxr_course import core, data, job
+    from cxr_course.data.loading import load
+    from cxr_course.frame import Task
+    from cxr_course.training.preparing import arrange
     folder = real_data / "nih"
     if not folder.is_dir(): pytest.skip(f"no NIH images at {folder}")
-    frame, said = job.arrange(data.load(folder, unknown="image"))
-    assert len(core.Task.of(frame).names) == 14 and "15 patients are in both lists" in said[0]
+    frame, said = arrange(load(folder, unknown="image"))
+    assert len(Task.of(frame).names) == 14 and "15 patients are in both lists" in said[0]
     sides = [set(f["patient"]) for _, f in frame.groupby("split")]
     assert len(sides) == 3 and not any(a & b for i, a in enumerate(sides) for b in sides[:i])
     assert (frame["split"] == "test").sum() == 200
@@ -409,10 +497,13 @@ def test_a_table_of_ones_own_says_what_is_what(place):
     "Columns and findings are said at the terminal; other columns are information and no targets."
     import pandas as pd
 
-    from cxr_course import data
-    films = data.load(place / "films")
-    rows = films[["path", "patient", "split", "label"]].assign(path=[str(Path(place, p).resolve()) for p in films["path"]], smoker=1, weight=70)
-    rows.set_axis(["filename", "who", "split", "dx", "smoker", "weight"], axis=1).to_csv(place / "own.csv", index=False)
+    from cxr_course.data.loading import load
+    films = load(place / "films")
+    rows = films[["path", "patient", "split",
+                  "label"]].assign(path=[str(Path(place, p).resolve()) for p in films["path"]], smoker=1,
+                                   weight=70)
+    rows.set_axis(["filename", "who", "split", "dx", "smoker", "weight"],
+                  axis=1).to_csv(place / "own.csv", index=False)
     words = ("--columns", "filename=path,who=patient,dx=label")
     out, _ = cxr("data", "show", "own.csv", *words, cwd=place)
     assert "PNEUMONIA" in out and "smoker" not in out

@@ -15,14 +15,24 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from cxr_course import data
-from cxr_course.core import CourseError, Task, frame, sha256
-from cxr_course.phantom import FINDINGS, world, write
+from cxr_course.core import CourseError
+from cxr_course.data import layouts
+from cxr_course.data.checks import check
+from cxr_course.data.download import fetch, unpack
+from cxr_course.data.duplicates import near_pairs, seen_as, thumbnail
+from cxr_course.data.layouts import layout, parse_name
+from cxr_course.data.loading import boxes, load, relabelled
+from cxr_course.data.registry import CHESTMNIST, DataSet, REGISTRY, registry
+from cxr_course.frame import Task, make_frame
+from cxr_course.phantom.files import write_dataset
+from cxr_course.phantom.findings import FINDINGS
+from cxr_course.phantom.world import population
 
 
 @pytest.fixture(scope="session")
 def kaggle(tmp_path_factory):
-    return write(world(patients=24, seed=9, pixels=64), tmp_path_factory.mktemp("kaggle") / "chest_xray", "kaggle")
+    return write_dataset(population(patients=24, seed=9, pixels=64),
+                         tmp_path_factory.mktemp("kaggle") / "chest_xray", "kaggle")
 
 
 @pytest.fixture(scope="session")
@@ -54,7 +64,7 @@ def folders(root, film, *names):
     ("person_virus_.jpeg", "train", None, None, None), ("8270_015.png", None, None, None, None), ("", None, None, None, None), ("C:\\films\\00008270_015.png", None, "00008270", None, None),
 ])
 def test_names(name, split, patient, study, cause):
-    said = data.parse_name(name, split)
+    said = parse_name(name, split)
     if name.startswith("BACTERIA"): cause = "bacteria"
     assert (said["patient"], said["study"], said["cause"]) == (patient, study, cause)
 
@@ -69,46 +79,62 @@ def test_zip_with_ghosts_and_a_second_copy(kaggle, tmp_path):
             z.write(p, Path("chest_xray/chest_xray") / inside)
             z.writestr(str(Path("__MACOSX/chest_xray") / inside.with_name("._" + inside.name)), b"\0\5\x16\7")
         z.writestr("chest_xray/.DS_Store", b"x")
-    assert data.layout(tmp_path / "archive.zip") == "kaggle"
-    assert len(data.load(tmp_path / "archive.zip")) == len(data.load(kaggle)) == len(list(kaggle.rglob("*.jpeg")))
+    assert layout(tmp_path / "archive.zip") == "kaggle"
+    assert len(load(tmp_path / "archive.zip")) == len(load(kaggle)) == len(list(kaggle.rglob("*.jpeg")))
 
 
 def test_tar_gz_is_loaded_too(kaggle, tmp_path):
     with tarfile.open(tmp_path / "set.tar.gz", "w:gz") as t: t.add(kaggle, "chest_xray")
-    assert len(data.load(tmp_path / "set.tar.gz")) == len(data.load(kaggle))
+    assert len(load(tmp_path / "set.tar.gz")) == len(load(kaggle))
 
 
 def test_classes(kaggle):
-    two, three = data.load(kaggle, classes=2), data.load(kaggle, classes=3)
-    assert list(Task.of(two).names) == ["NORMAL", "PNEUMONIA"] and list(Task.of(three).names) == ["NORMAL", "BACTERIA", "VIRUS"]
+    two, three = load(kaggle, classes=2), load(kaggle, classes=3)
+    assert list(Task.of(two).names) == ["NORMAL", "PNEUMONIA"] and list(Task.of(three).names) == [
+        "NORMAL", "BACTERIA", "VIRUS",
+    ]
     assert ((two["label"] == "PNEUMONIA") == (three["label"] != "NORMAL")).all()
     assert ((three["label"] == "VIRUS") == (three["cause"] == "virus")).all()
-    with pytest.raises(CourseError, match="classes=4"): data.load(kaggle, classes=4)
+    with pytest.raises(CourseError, match="classes=4"): load(kaggle, classes=4)
 
 
 def test_without_truth_normals_have_a_study_and_no_patient(kaggle, tmp_path):
     plain = shutil.copytree(kaggle, tmp_path / "x", ignore=shutil.ignore_patterns("truth.csv"))
-    f = data.load(plain)
+    f = load(plain)
     normal = f["label"] == "NORMAL"
-    assert f.loc[normal, "patient"].isna().all() and f.loc[normal, "study"].str.contains("IM-").all() and f.loc[~normal, "patient"].notna().all()
-    assert not set(f.loc[(f["split"] == "test") & ~normal, "patient"]) & set(f.loc[(f["split"] != "test") & ~normal, "patient"])
+    assert (
+        f.loc[normal, "patient"].isna().all()
+        and f.loc[normal, "study"].str.contains("IM-").all()
+        and f.loc[~normal, "patient"].notna().all()
+    )
+    assert not set(f.loc[(f["split"] == "test") & ~normal,
+                         "patient"]) & set(f.loc[(f["split"] != "test") & ~normal, "patient"])
 
 
 @pytest.mark.parametrize("kind, layout", [("pneumonia", "mendeley"), ("covid", "covid"), ("nih", "nih"), ("pneumonia", "dicom")])
 def test_the_phantom_is_read_back(tmp_path, kind, layout):
     if layout == "dicom": pytest.importorskip("pydicom")
-    w = world(patients=10, seed=3, kind=kind, pixels=48)
-    f = data.load(write(w, tmp_path / "x", layout))
-    truth = pd.read_csv(tmp_path / "x" / "truth.csv", dtype={"patient": str}).assign(path=lambda d: [str(tmp_path / "x" / p) for p in d["path"]])
+    w = population(patients=10, seed=3, kind=kind, pixels=48)
+    f = load(write_dataset(w, tmp_path / "x", layout))
+    truth = pd.read_csv(tmp_path / "x" / "truth.csv", dtype={"patient": str}).assign(
+        path=lambda d: [str(tmp_path / "x" / p) for p in d["path"]]
+    )
     both = f.merge(truth, on="path", suffixes=("", "_truth"), validate="one_to_one")
-    assert len(both) == len(f) == len(w) and data.layout(tmp_path / "x") == layout
-    assert (both["patient"] == both["patient_truth"]).all() and (both["view"] == both["view_truth"]).all() and (both["height"] == both["height_truth"]).all() and (both["width"] == both["width_truth"]).all()
-    if kind == "nih": assert (both[list(FINDINGS)].to_numpy() == both[[f"{c}_truth" for c in FINDINGS]].to_numpy()).all()
+    assert len(both) == len(f) == len(w) and layouts.layout(tmp_path / "x") == layout
+    assert (
+        (both["patient"] == both["patient_truth"]).all()
+        and (both["view"] == both["view_truth"]).all()
+        and (both["height"] == both["height_truth"]).all()
+        and (both["width"] == both["width_truth"]).all()
+    )
+    if kind == "nih":
+        assert (both[list(FINDINGS)].to_numpy() == both[[f"{c}_truth" for c in FINDINGS]].to_numpy()).all()
     else: assert (both["label"].astype(str) == both["label_truth"]).all()
 
 
 def test_covid_masks_and_two_classes(tmp_path):
-    f = data.load(write(world(patients=14, seed=3, kind="covid", pixels=48), tmp_path / "x", "covid"), classes=2)
+    f = load(write_dataset(population(patients=14, seed=3, kind="covid", pixels=48), tmp_path / "x", "covid"),
+             classes=2)
     assert list(Task.of(f).names) == ["Normal", "COVID-19"] and f["meta_lungs"].map(os.path.exists).all()
 
 
@@ -119,113 +145,147 @@ def test_nih_in_the_form_of_the_assignment(tmp_path, film):
         Image.open(film).save(tmp_path / "images" / n)
         rows.append({"Image": n, **{c: int(j == i) for j, c in enumerate(FINDINGS)}, "PatientId": int(n[:8])})
     pd.DataFrame(rows).to_csv(tmp_path / "train-small.csv", index=False)
-    f = data.load(tmp_path)
-    assert data.layout(tmp_path) == data.layout(tmp_path / "train-small.csv") == "nih"
-    assert f["patient"].tolist() == ["00000001", "00000001", "00008270"] and list(Task.of(f).names) == list(FINDINGS) and f[list(FINDINGS)].to_numpy().trace() == 3
+    f = load(tmp_path)
+    assert layout(tmp_path) == layout(tmp_path / "train-small.csv") == "nih"
+    assert (
+        f["patient"].tolist() == ["00000001", "00000001", "00008270"]
+        and list(Task.of(f).names) == list(FINDINGS)
+        and f[list(FINDINGS)].to_numpy().trace() == 3
+    )
     pd.DataFrame(rows).drop(columns="Hernia").to_csv(tmp_path / "train-small.csv", index=False)
-    with pytest.raises(CourseError, match="no column 'Hernia'(.|\n)*train-small.csv"): data.load(tmp_path)
+    with pytest.raises(CourseError, match="no column 'Hernia'(.|\n)*train-small.csv"): load(tmp_path)
 
 
 def test_nih_official_lists_and_ages(tmp_path, film):
     names = ["00000001_000.png", "00000002_000.png"]
     for n in names: Image.open(film).save(tmp_path / n)
-    pd.DataFrame({"Image Index": names, "Finding Labels": ["Hernia|Effusion", "No Finding"], "Patient ID": [1, 2], "Patient Age": ["058Y", "412Y"], "Patient Gender": ["M", "F"], "View Position": ["PA", "AP"]}).to_csv(tmp_path / "Data_Entry_2017.csv", index=False)
+    pd.DataFrame({"Image Index": names, "Finding Labels": ["Hernia|Effusion", "No Finding"],
+                  "Patient ID": [1, 2], "Patient Age": ["058Y", "412Y"], "Patient Gender": ["M", "F"],
+                  "View Position": ["PA", "AP"]}).to_csv(tmp_path / "Data_Entry_2017.csv", index=False)
     (tmp_path / "train_val_list.txt").write_text(names[0])
     (tmp_path / "test_list.txt").write_text(names[1] + "\n")
-    f = data.load(tmp_path)
+    f = load(tmp_path)
     assert f["split"].tolist() == ["train", "test"] and f["age"].iloc[0] == 58 and pd.isna(f["age"].iloc[1])
-    assert f.loc[0, list(FINDINGS)].astype(float).sum() == 2 and f.loc[1, list(FINDINGS)].astype(float).sum() == 0
+    assert (
+        f.loc[0, list(FINDINGS)].astype(float).sum() == 2
+        and f.loc[1, list(FINDINGS)].astype(float).sum() == 0
+    )
     for n in names: os.remove(tmp_path / n)
-    with pytest.raises(CourseError, match="none of the images"): data.load(tmp_path)
+    with pytest.raises(CourseError, match="none of the images"): load(tmp_path)
 
 
 def test_class_folders_with_and_without_splits(tmp_path, film):
-    f = data.load(folders(tmp_path / "a", film, "healthy/1.jpeg", "sick/2.jpeg", "sick/deep/3.jpeg", "sick/notes.txt", "sick/._4.jpeg"))
+    f = load(folders(tmp_path / "a", film, "healthy/1.jpeg", "sick/2.jpeg", "sick/deep/3.jpeg",
+                     "sick/notes.txt", "sick/._4.jpeg"))
     assert list(Task.of(f).names) == ["healthy", "sick"] and len(f) == 3 and f["split"].isna().all()
-    f = data.load(folders(tmp_path / "b", film, "Training/Tuberculosis/1.jpeg", "Training/Normal/2.jpeg", "Testing/Normal/3.jpeg", "Testing/Tuberculosis/4.jpeg"))
+    f = load(folders(tmp_path / "b", film, "Training/Tuberculosis/1.jpeg", "Training/Normal/2.jpeg",
+                     "Testing/Normal/3.jpeg", "Testing/Tuberculosis/4.jpeg"))
     assert list(Task.of(f).names) == ["Normal", "Tuberculosis"] and set(f["split"]) == {"train", "test"}
 
 
 def test_a_csv_of_ones_own(tmp_path, film):
     folders(tmp_path, film, "films/1.jpeg", "films/2.jpeg")
-    pd.DataFrame({"path": ["films/1.jpeg", str(tmp_path / "films/2.jpeg")], "Effusion": [1, None], "Mass": [0, 1], "patient": ["007", "008"]}).to_csv(tmp_path / "t.csv", index=False)
-    f = data.load(tmp_path / "t.csv")
-    assert list(Task.of(f).names) == ["Effusion", "Mass"] and f["patient"].tolist() == ["007", "008"] and f["height"].notna().all()
-    assert data.layout(tmp_path) == "csv" and len(data.load(tmp_path)) == 2
+    pd.DataFrame({"path": ["films/1.jpeg", str(tmp_path / "films/2.jpeg")], "Effusion": [1, None],
+                  "Mass": [0, 1], "patient": ["007", "008"]}).to_csv(tmp_path / "t.csv", index=False)
+    f = load(tmp_path / "t.csv")
+    assert (
+        list(Task.of(f).names) == ["Effusion", "Mass"]
+        and f["patient"].tolist() == ["007", "008"]
+        and f["height"].notna().all()
+    )
+    assert layout(tmp_path) == "csv" and len(load(tmp_path)) == 2
     pd.DataFrame({"path": ["films/1.jpeg"], "Effusion": [2]}).to_csv(tmp_path / "t.csv", index=False)
-    with pytest.raises(CourseError, match="1, 0 or missing"): data.load(tmp_path / "t.csv")
+    with pytest.raises(CourseError, match="1, 0 or missing"): load(tmp_path / "t.csv")
 
 
 def test_findings_are_said_and_everything_else_is_information(tmp_path, film):
     folders(tmp_path, film, "1.jpeg", "2.jpeg", "3.jpeg")
-    rows = pd.DataFrame({"path": ["1.jpeg", "2.jpeg", "3.jpeg"], "patient": ["a", "b", "b"], "Effusion": [1, 0, None], "smoker": [0, 1, 1], "pacemaker": [1, 0, 0], "weight": [70, 81.5, None]})
+    rows = pd.DataFrame({"path": ["1.jpeg", "2.jpeg", "3.jpeg"], "patient": ["a", "b", "b"],
+                         "Effusion": [1, 0, None], "smoker": [0, 1, 1], "pacemaker": [1, 0, 0],
+                         "weight": [70, 81.5, None]})
     rows.to_csv(tmp_path / "t.csv", index=False)
-    f = data.load(tmp_path / "t.csv", findings=["Effusion"])
-    assert Task.of(f).names == ("Effusion",) and f["weight"].iloc[1] == 81.5 and f["smoker"].tolist() == [0, 1, 1]
-    assert Task.of(data.load(tmp_path / "t.csv")).names == ("Effusion",)                 # the one column that bears a name of NIH's
-    assert Task.of(data.load(tmp_path / "t.csv", findings=["Effusion", "pacemaker"])).names == ("Effusion", "pacemaker")
-    with pytest.raises(CourseError, match="1, 0 or missing, not(.|\\n)*leave it out of `findings`"): data.load(tmp_path / "t.csv", findings=["weight"])
-    with pytest.raises(CourseError, match="no column 'Mass'"): data.load(tmp_path / "t.csv", findings=["Mass"])
+    f = load(tmp_path / "t.csv", findings=["Effusion"])
+    assert Task.of(f).names == ("Effusion",
+                                ) and f["weight"].iloc[1] == 81.5 and f["smoker"].tolist() == [0, 1, 1]
+    # the one column that bears a name of NIH's
+    assert Task.of(load(tmp_path / "t.csv")).names == ("Effusion",)
+    assert Task.of(load(tmp_path / "t.csv", findings=["Effusion",
+                                                      "pacemaker"])).names == ("Effusion", "pacemaker")
+    with pytest.raises(CourseError, match="1, 0 or missing, not(.|\\n)*leave it out of `findings`"):
+        load(tmp_path / "t.csv", findings=["weight"])
+    with pytest.raises(CourseError, match="no column 'Mass'"): load(tmp_path / "t.csv", findings=["Mass"])
     rows.drop(columns="Effusion").to_csv(tmp_path / "t.csv", index=False)
-    with pytest.raises(CourseError, match="told which columns are findings"): data.load(tmp_path / "t.csv")
-    problems = data.check(f, pixels=False).table["problem"].tolist()
+    with pytest.raises(CourseError, match="told which columns are findings"): load(tmp_path / "t.csv")
+    problems = check(f, pixels=False).table["problem"].tolist()
     assert not any("smoker" in p or "pacemaker" in p for p in problems)
 
 
 def test_whether_images_of_nobody_count_singly_is_decided_at_loading(tmp_path, film):
     root = folders(tmp_path / "a", film, "healthy/1.jpeg", "sick/2.jpeg")
-    assert data.load(root)["group"].isna().all()
-    assert data.load(root, unknown="image")["group"].str.startswith("image:").all()
+    assert load(root)["group"].isna().all()
+    assert load(root, unknown="image")["group"].str.startswith("image:").all()
 
 
 def test_damaged_tags_of_a_person_are_a_bad_file(tmp_path):
     pydicom = pytest.importorskip("pydicom")
-    heap = write(world(patients=2, seed=1, pixels=48), tmp_path / "x", "dicom")
+    heap = write_dataset(population(patients=2, seed=1, pixels=48), tmp_path / "x", "dicom")
     file = sorted(heap.rglob("*.dcm"))[0]
     raw = file.read_bytes()
-    at = raw.index(b"\x10\x00\x10\x10AS")                                # the age, whose type becomes nonsense
+    # the age, whose type becomes nonsense
+    at = raw.index(b"\x10\x00\x10\x10AS")
     file.write_bytes(raw[:at + 4] + b"A\xff" + raw[at + 6:])
-    with pytest.warns(UserWarning, match="1 of .* are no images"): f = data.load(heap)
+    with pytest.warns(UserWarning, match="1 of .* are no images"): f = load(heap)
     assert f["height"].isna().sum() == 1
 
 
 def test_numbers_as_labels_and_other_names_of_splits(tmp_path, film):
     folders(tmp_path, film, "1.jpeg", "2.jpeg")
     (tmp_path / "t.csv").write_text("path,label,split\n1.jpeg,1,valid\n2.jpeg,0,Training\n")
-    f = data.load(tmp_path / "t.csv")
+    f = load(tmp_path / "t.csv")
     assert list(Task.of(f).names) == ["0", "1"] and f["split"].tolist() == ["val", "train"]
 
 
 @pytest.mark.parametrize("text, words", [("", "cannot be read"), ("path,label\n", "no images"), ("path,label\n,NORMAL\n", "names no file"), ("file,label\na.png,NORMAL\n", "no column 'path'(.|\n)*columns=")])
 def test_tables_that_cannot_be_used(tmp_path, text, words):
     (tmp_path / "t.csv").write_text(text)
-    with pytest.raises(CourseError, match=words): data.load(tmp_path / "t.csv")
+    with pytest.raises(CourseError, match=words): load(tmp_path / "t.csv")
 
 
 def test_a_csv_that_is_a_picture(tmp_path, film):
     shutil.copy(film, tmp_path / "t.csv")
-    with pytest.raises(CourseError, match="t.csv"): data.load(tmp_path / "t.csv")
+    with pytest.raises(CourseError, match="t.csv"): load(tmp_path / "t.csv")
 
 
 def test_a_heap_of_dicom(tmp_path):
     pytest.importorskip("pydicom")
-    heap = write(world(patients=4, seed=1, pixels=48), tmp_path / "x", "dicom")
+    heap = write_dataset(population(patients=4, seed=1, pixels=48), tmp_path / "x", "dicom")
     os.remove(heap / "truth.csv")
-    assert data.layout(heap) == "dicom"
-    with pytest.raises(CourseError, match="DICOM files without labels(.|\n)*CSV"): data.load(heap)
+    assert layout(heap) == "dicom"
+    with pytest.raises(CourseError, match="DICOM files without labels(.|\n)*CSV"): load(heap)
     files = sorted(heap.rglob("*.dcm"))
-    pd.DataFrame({"path": [p.relative_to(heap) for p in files], "label": ["well", "ill"] * (len(files) // 2) + ["well"] * (len(files) % 2)}).to_csv(heap / "labels.csv", index=False)
-    f = data.load(heap)
-    assert f["patient"].str.startswith("p0").all() and f["view"].isin(["PA", "AP"]).all() and f["age"].notna().all() and f["sex"].isin(["M", "F"]).all()
+    pd.DataFrame(
+        {
+            "path": [p.relative_to(heap) for p in files],
+            "label": ["well", "ill"] * (len(files) // 2) + ["well"] * (len(files) % 2),
+        }
+    ).to_csv(heap / "labels.csv", index=False)
+    f = load(heap)
+    assert (
+        f["patient"].str.startswith("p0").all()
+        and f["view"].isin(["PA", "AP"]).all()
+        and f["age"].notna().all()
+        and f["sex"].isin(["M", "F"]).all()
+    )
 
 
 def test_dicom_in_class_folders(tmp_path):
     pytest.importorskip("pydicom")
-    heap = write(world(patients=4, seed=1, pixels=48), tmp_path / "x", "dicom")
+    heap = write_dataset(population(patients=4, seed=1, pixels=48), tmp_path / "x", "dicom")
     for i, p in enumerate(sorted(heap.rglob("*.dcm"))):
         (tmp_path / "y" / ("normal", "pneumonia")[i % 2]).mkdir(parents=True, exist_ok=True)
-        shutil.copy(p, tmp_path / "y" / ("normal", "pneumonia")[i % 2] / f"IM{i:04d}")       # no ending, as archives export them
-    f = data.load(tmp_path / "y")
+        # no ending, as archives export them
+        shutil.copy(p, tmp_path / "y" / ("normal", "pneumonia")[i % 2] / f"IM{i:04d}")
+    f = load(tmp_path / "y")
     assert list(Task.of(f).names) == ["normal", "pneumonia"] and f["patient"].notna().all()
 
 
@@ -236,111 +296,142 @@ def npz(path, **arrays):
 
 def test_npz(tmp_path):
     x, g = np.zeros((6, 28, 28), np.uint8), np.random.default_rng(0)
-    f = data.load(npz(tmp_path / "a.npz", train_images=x, train_labels=np.array([[0], [1]] * 3), test_images=x[:2], test_labels=np.array([[1], [0]])))
-    assert len(f) == 8 and f["patient"].isna().all() and (f["height"] == 28).all() and f["path"].iloc[-1].endswith("a.npz::test_images::1")
-    f = data.load(npz(tmp_path / "b.npz", val_images=x, val_labels=g.integers(0, 2, (6, 14))))
-    assert list(Task.of(f).names) == list(data.CHESTMNIST) and set(f["split"]) == {"val"}
-    for arrays, words in ((dict(a=x), "no arrays named"), (dict(train_images=x, train_labels=np.full((6, 1), 3)), "unknown label 3"), (dict(train_images=x, train_labels=np.zeros((6, 5), int)), "5 columns")):
-        with pytest.raises(CourseError, match=words + r"(.|\n)*c.npz"): data.load(npz(tmp_path / "c.npz", **arrays))
+    f = load(npz(tmp_path / "a.npz", train_images=x, train_labels=np.array([[0], [1]] * 3), test_images=x[:2],
+                 test_labels=np.array([[1], [0]])))
+    assert (
+        len(f) == 8
+        and f["patient"].isna().all()
+        and (f["height"] == 28).all()
+        and f["path"].iloc[-1].endswith("a.npz::test_images::1")
+    )
+    f = load(npz(tmp_path / "b.npz", val_images=x, val_labels=g.integers(0, 2, (6, 14))))
+    assert list(Task.of(f).names) == list(CHESTMNIST) and set(f["split"]) == {"val"}
+    for arrays, words in (
+        (dict(a=x), "no arrays named"),
+        (dict(train_images=x, train_labels=np.full((6, 1), 3)), "unknown label 3"),
+        (dict(train_images=x, train_labels=np.zeros((6, 5), int)), "5 columns"),
+    ):
+        with pytest.raises(CourseError, match=words + r"(.|\n)*c.npz"):
+            load(npz(tmp_path / "c.npz", **arrays))
     (tmp_path / "d.npz").write_bytes((tmp_path / "a.npz").read_bytes()[:300])
-    with pytest.raises(CourseError, match="d.npz"): data.load(tmp_path / "d.npz")
+    with pytest.raises(CourseError, match="d.npz"): load(tmp_path / "d.npz")
 
 
 def test_nothing_there_and_nothing_known(tmp_path, film):
-    with pytest.raises(CourseError, match="no such folder(.|\n)*'sample'"): data.load(tmp_path / "nowhere")
-    with pytest.raises(CourseError, match="no layout(.|\n)*nothing"): data.load(tmp_path)
-    with pytest.raises(CourseError, match="give the folder"): data.load(film)
-    with pytest.raises(CourseError, match="no images"): data.load((tmp_path / "train" / "NORMAL").mkdir(parents=True) or tmp_path)
-    with pytest.raises(CourseError, match="one class"): data.load(folders(tmp_path / "one", film, "normal/1.jpeg"))
+    with pytest.raises(CourseError, match="no such folder(.|\n)*'sample'"): load(tmp_path / "nowhere")
+    with pytest.raises(CourseError, match="no layout(.|\n)*nothing"): load(tmp_path)
+    with pytest.raises(CourseError, match="give the folder"): load(film)
+    with pytest.raises(CourseError, match="no images"):
+        load((tmp_path / "train" / "NORMAL").mkdir(parents=True) or tmp_path)
+    with pytest.raises(CourseError, match="one class"): load(folders(tmp_path / "one", film, "normal/1.jpeg"))
 
 
 def test_unknown_class_folder(tmp_path, film):
-    folders(tmp_path, film, "Train/Normal/images/1.png", "Train/COVID-19/images/1.png", "Train/Covid/images/1.png")
-    with pytest.raises(CourseError, match="unknown class folder 'Covid'"): data.load(tmp_path)
+    folders(tmp_path, film, "Train/Normal/images/1.png", "Train/COVID-19/images/1.png",
+            "Train/Covid/images/1.png")
+    with pytest.raises(CourseError, match="unknown class folder 'Covid'"): load(tmp_path)
 
 
 def test_bad_files_are_reported_kept_and_left_out_on_request(kaggle, tmp_path):
     ill = Path(shutil.copytree(kaggle, tmp_path / "x"))
     (ill / "train" / "NORMAL" / "IM-0901-0001.jpeg").write_text("a note")
     (ill / "train" / "NORMAL" / "IM-0902-0001.jpeg").write_bytes(b"")
-    whole = len(data.load(kaggle))
-    with pytest.warns(UserWarning, match="2 of .* are no images"): f = data.load(ill)
+    whole = len(load(kaggle))
+    with pytest.warns(UserWarning, match="2 of .* are no images"): f = load(ill)
     assert len(f) == whole + 2 and f["height"].isna().sum() == 2
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert len(data.load(ill, skip_bad=True)) == whole
+        assert len(load(ill, skip_bad=True)) == whole
     for p in (tmp_path / "x").rglob("*.jpeg"): p.write_text("all is lost")
-    with pytest.raises(CourseError, match="not an image"): data.load(ill)
+    with pytest.raises(CourseError, match="not an image"): load(ill)
 
 
 # ---------------------------------------------------------------- check
 
 def test_check_is_silent_on_a_healthy_set(kaggle):
-    r = data.check(data.load(kaggle))
-    assert r.table.empty and r.bad.empty and r.pairs.empty and "no problem" in repr(r) and "no problem" in r._repr_html_()
+    r = check(load(kaggle))
+    assert (
+        r.table.empty
+        and r.bad.empty
+        and r.pairs.empty
+        and "no problem" in repr(r)
+        and "no problem" in r._repr_html_()
+    )
     with pytest.raises(CourseError, match="no pair"): r.figure()
 
 
 def test_check_counts_against_the_registry(kaggle):
-    said = data.check(data.load(kaggle), against="kaggle", pixels=False).table["problem"]
+    said = check(load(kaggle), against="kaggle", pixels=False).table["problem"]
     assert said.str.contains("train NORMAL: 1,341 in the registry").any()
-    with pytest.raises(CourseError, match="unknown data set"): data.check(data.load(kaggle), against="keggle")
+    with pytest.raises(CourseError, match="unknown data set"): check(load(kaggle), against="keggle")
 
 
 def test_check_sees_patients_on_both_sides_and_splits_of_one_class(kaggle):
-    f = data.load(kaggle)
-    leak = pd.concat([f, f[f["split"] == "test"].head(1).assign(split="train", path="elsewhere.png")], ignore_index=True)
-    assert "patients in more than one split" in set(data.check(leak, pixels=False).table["problem"])
+    f = load(kaggle)
+    leak = pd.concat([f, f[f["split"] == "test"].head(1).assign(split="train", path="elsewhere.png")],
+                     ignore_index=True)
+    assert "patients in more than one split" in set(check(leak, pixels=False).table["problem"])
     sick = f[(f["split"] != "test") | (f["label"] != "NORMAL")]
-    assert "only one class in test (PNEUMONIA)" in set(data.check(sick, pixels=False).table["problem"])
-    assert "the test split is empty" in set(data.check(f[f["split"] != "test"], pixels=False).table["problem"])
+    assert "only one class in test (PNEUMONIA)" in set(check(sick, pixels=False).table["problem"])
+    assert "the test split is empty" in set(check(f[f["split"] != "test"], pixels=False).table["problem"])
 
 
 def test_all_files_bad(tmp_path):
-    f = data.frame([dict(path=str(tmp_path / f"{i}.png"), label=c, split="train") for i, c in enumerate("ab")])
-    r = data.check(f)
-    assert len(r.bad) == 2 and r.pairs.empty and r.readable.empty and r.bad["error"].str.contains("No such file").all()
+    f = make_frame([dict(path=str(tmp_path / f"{i}.png"), label=c, split="train") for i,
+                    c in enumerate("ab")])
+    r = check(f)
+    assert (
+        len(r.bad) == 2
+        and r.pairs.empty
+        and r.readable.empty
+        and r.bad["error"].str.contains("No such file").all()
+    )
 
 
 def test_many_equal_films_stay_linear(tmp_path, film):
     for i in range(300): shutil.copy(film, tmp_path / f"{i}.jpeg")
-    r = data.check(data.frame([dict(path=str(tmp_path / f"{i}.jpeg"), label="ab"[i % 2], split="train") for i in range(300)]))
+    r = check(make_frame([dict(path=str(tmp_path / f"{i}.jpeg"), label="ab"[i % 2], split="train")
+                          for i in range(300)]))
     assert len(r.pairs) == 299 and (r.pairs["a"] == 0).all()
 
 
 def test_blank_films_are_not_called_the_same(tmp_path):
     for i in range(4): Image.new("L", (64, 64), 10 * i).save(tmp_path / f"{i}.png")
-    assert data.check(data.frame([dict(path=str(tmp_path / f"{i}.png"), label="ab"[i % 2], split="train") for i in range(4)])).pairs.empty
+    assert check(make_frame([dict(path=str(tmp_path / f"{i}.png"), label="ab"[i % 2], split="train")
+                             for i in range(4)])).pairs.empty
 
 
 def test_beside_finds_films_of_another_set(kaggle, tmp_path):
-    f = data.load(kaggle)
+    f = load(kaggle)
     own = []
     for i, p in enumerate(f["path"].head(5)):
         Image.open(p).resize((60, 60)).save(tmp_path / f"{i}.png")
         own.append(dict(path=str(tmp_path / f"{i}.png"), label="ab"[i % 2], split="train"))
-    r = data.check(data.frame(own), beside=f)
+    r = check(make_frame(own), beside=f)
     across = r.pairs[r.pairs["meta_set_a"] != r.pairs["meta_set_b"]]
-    assert across["path_a"].nunique() >= 4 and "pairs: one picture in this set and in the one beside it" in set(r.table["problem"])
+    assert across[
+        "path_a"
+    ].nunique() >= 4 and "pairs: one picture in this set and in the one beside it" in set(r.table["problem"])
     assert not r.table["problem"].str.contains("two splits|two labels").any()
 
 
 def test_same_picture_as_png_dicom_and_sixteen_bits(tmp_path):
     pytest.importorskip("pydicom")
-    from cxr_course.phantom import film as draw
-    w = world(patients=2, seed=1, pixels=96)
-    write(w, tmp_path / "d", "dicom")
-    x = draw(w.iloc[0])
+    from cxr_course.phantom.world import draw_image
+    w = population(patients=2, seed=1, pixels=96)
+    write_dataset(w, tmp_path / "d", "dicom")
+    x = draw_image(w.iloc[0])
     Image.fromarray((x * 255).astype(np.uint8)).save(tmp_path / "a.png")
     Image.fromarray((x * 65535).astype(np.uint16)).save(tmp_path / "b.png")
-    t = np.stack([data.thumbnail(p) for p in (tmp_path / "a.png", tmp_path / "b.png", sorted((tmp_path / "d").rglob("*.dcm"))[0])])
-    assert len(data.near_pairs(data.seen_as(t), t)) == 3
+    t = np.stack([thumbnail(p) for p in (tmp_path / "a.png", tmp_path / "b.png",
+                                         sorted((tmp_path / "d").rglob("*.dcm"))[0])])
+    assert len(near_pairs(seen_as(t), t)) == 3
 
 
 def test_all_pairs_of_a_block_boundary():
     t = np.random.default_rng(0).integers(0, 256, (7000, 32, 32), dtype=np.uint8)
     t[6999] = t[3]
-    p = data.near_pairs(data.seen_as(t), t)
+    p = near_pairs(seen_as(t), t)
     assert p[["a", "b"]].to_numpy().tolist() == [[3, 6999]]
 
 
@@ -356,9 +447,11 @@ def evil_zip(path, name, content=b"x", mode=0):
 
 @pytest.mark.parametrize("name", ["../x.txt", "a/../../x.txt", "/etc/x.txt", "C:/x.txt", "..\\x.txt", "a/..\\..\\x.txt"])
 def test_nothing_is_written_outside(tmp_path, name):
-    with pytest.raises(CourseError, match="outside(.|\n)*evil.zip"): data.unpack(evil_zip(tmp_path / "evil.zip", name), tmp_path / "into")
+    with pytest.raises(CourseError, match="outside(.|\n)*evil.zip"):
+        unpack(evil_zip(tmp_path / "evil.zip", name), tmp_path / "into")
     with tarfile.open(tmp_path / "evil.tar", "w") as t: t.addfile(tarfile.TarInfo(name), io.BytesIO())
-    with pytest.raises(CourseError, match="outside(.|\n)*evil.tar"): data.unpack(tmp_path / "evil.tar", tmp_path / "into")
+    with pytest.raises(CourseError, match="outside(.|\n)*evil.tar"):
+        unpack(tmp_path / "evil.tar", tmp_path / "into")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["evil.tar", "evil.zip"]
 
 
@@ -368,37 +461,40 @@ def test_links_and_devices_are_refused(tmp_path, kind):
         info = tarfile.TarInfo("x")
         info.type, info.linkname = kind, "../x"
         t.addfile(info)
-    with pytest.raises(CourseError, match="link or device"): data.unpack(tmp_path / "evil.tar", tmp_path / "into")
-    with pytest.raises(CourseError, match="link or device"): data.unpack(evil_zip(tmp_path / "evil.zip", "x", b"/etc/passwd", 0o120777), tmp_path / "into")
+    with pytest.raises(CourseError, match="link or device"): unpack(tmp_path / "evil.tar", tmp_path / "into")
+    with pytest.raises(CourseError, match="link or device"):
+        unpack(evil_zip(tmp_path / "evil.zip", "x", b"/etc/passwd", 0o120777), tmp_path / "into")
     assert not (tmp_path / "into").exists()
 
 
 def test_bombs_and_damage(tmp_path):
-    with zipfile.ZipFile(tmp_path / "bomb.zip", "w", zipfile.ZIP_DEFLATED) as z: z.writestr("a", bytes(30_000_000))
-    with pytest.raises(CourseError, match="30 MB"): data.unpack(tmp_path / "bomb.zip", tmp_path / "into")
+    with zipfile.ZipFile(tmp_path / "bomb.zip", "w", zipfile.ZIP_DEFLATED) as z:
+        z.writestr("a", bytes(30_000_000))
+    with pytest.raises(CourseError, match="30 MB"): unpack(tmp_path / "bomb.zip", tmp_path / "into")
     with tarfile.open(tmp_path / "bomb.tar.gz", "w:gz") as t:
         info = tarfile.TarInfo("a")
         info.size = 30_000_000
         t.addfile(info, io.BytesIO(bytes(30_000_000)))
-    with pytest.raises(CourseError, match="30 MB"): data.unpack(tmp_path / "bomb.tar.gz", tmp_path / "into")
-    assert data.unpack(tmp_path / "bomb.zip", tmp_path / "trusted", ratio=1e9).is_dir()
-    with pytest.raises(CourseError, match="1 MB|0 MB|would unpack"): data.unpack(tmp_path / "bomb.zip", tmp_path / "into", limit=1e6, ratio=1e9)
+    with pytest.raises(CourseError, match="30 MB"): unpack(tmp_path / "bomb.tar.gz", tmp_path / "into")
+    assert unpack(tmp_path / "bomb.zip", tmp_path / "trusted", ratio=1e9).is_dir()
+    with pytest.raises(CourseError, match="1 MB|0 MB|would unpack"):
+        unpack(tmp_path / "bomb.zip", tmp_path / "into", limit=1e6, ratio=1e9)
     raw = bytearray((tmp_path / "bomb.zip").read_bytes())
     raw[len(raw) // 2] ^= 255
     (tmp_path / "hurt.zip").write_bytes(raw)
     (tmp_path / "cut.tar.gz").write_bytes((tmp_path / "bomb.tar.gz").read_bytes()[:9000])
     for name in ("hurt.zip", "cut.tar.gz"):
-        with pytest.raises(CourseError, match=name): data.unpack(tmp_path / name, tmp_path / "into", ratio=1e9)
+        with pytest.raises(CourseError, match=name): unpack(tmp_path / name, tmp_path / "into", ratio=1e9)
     (tmp_path / "text.zip").write_text("no archive")
-    with pytest.raises(CourseError, match="text.zip"): data.unpack(tmp_path / "text.zip", tmp_path / "into")
-    with pytest.raises(CourseError, match="no.zip"): data.unpack(tmp_path / "no.zip", tmp_path / "into")
+    with pytest.raises(CourseError, match="text.zip"): unpack(tmp_path / "text.zip", tmp_path / "into")
+    with pytest.raises(CourseError, match="no.zip"): unpack(tmp_path / "no.zip", tmp_path / "into")
     assert not (tmp_path / "into").exists() and not [p for p in tmp_path.iterdir() if "part" in p.name]
 
 
 def test_unpack_never_overwrites(tmp_path):
     z = evil_zip(tmp_path / "a.zip", "harmless.txt")
-    data.unpack(z, tmp_path / "into")
-    with pytest.raises(CourseError, match="never overwritten"): data.unpack(z, tmp_path / "into")
+    unpack(z, tmp_path / "into")
+    with pytest.raises(CourseError, match="never overwritten"): unpack(z, tmp_path / "into")
 
 
 # ---------------------------------------------------------------- fetch
@@ -428,34 +524,41 @@ def server():
     s.shutdown()
 
 
-def facts(url, hash): return data.DataSet("x", "A set", "npz", ("a", "b"), url=url, hash=hash)
+def facts(url, hash): return DataSet("x", "A set", "npz", ("a", "b"), url=url, hash=hash)
 
 
 def test_fetch_goes_on_where_it_stopped(server, tmp_path):
     import hashlib
     good = facts(server, "md5:" + hashlib.md5(Server.content).hexdigest())
     Server.breaks = True
-    with pytest.raises(CourseError, match="connection broke(.|\n)*md5:"): data.fetch(good, tmp_path)
+    with pytest.raises(CourseError, match="connection broke(.|\n)*md5:"): fetch(good, tmp_path)
     assert not (tmp_path / "set.npz").exists()
     Server.breaks = False
-    got = data.fetch(good, tmp_path)
-    assert got == tmp_path / "set.npz" and got.read_bytes() == Server.content and Server.asked == [0, len(Server.content) // 2]
-    data.fetch(good, tmp_path)
-    assert len(Server.asked) == 2 and sorted(p.name for p in tmp_path.iterdir()) == ["set.npz"]     # a verified copy is not fetched again
+    got = fetch(good, tmp_path)
+    assert (
+        got == tmp_path / "set.npz"
+        and got.read_bytes() == Server.content
+        and Server.asked == [0, len(Server.content) // 2]
+    )
+    fetch(good, tmp_path)
+    # a verified copy is not fetched again
+    assert len(Server.asked) == 2 and sorted(p.name for p in tmp_path.iterdir()) == ["set.npz"]
 
 
 def test_a_wrong_hash_never_gets_the_name(server, tmp_path):
-    with pytest.raises(CourseError, match="does not match(.|\n)*must be sha256:0000"): data.fetch(facts(server, "sha256:" + "0" * 64), tmp_path)
+    with pytest.raises(CourseError, match="does not match(.|\n)*must be sha256:0000"):
+        fetch(facts(server, "sha256:" + "0" * 64), tmp_path)
     assert not list(tmp_path.glob("*.npz")) and not list(tmp_path.glob(".*"))
 
 
 def test_sets_that_need_a_hand(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     for name in ("kaggle", "mendeley", "nih", "covid"):
-        with pytest.raises(CourseError, match=f"cannot be fetched(.|\n)*{data.REGISTRY[name].url}"): data.fetch(name, tmp_path / name)
+        with pytest.raises(CourseError, match=f"cannot be fetched(.|\n)*{REGISTRY[name].url}"):
+            fetch(name, tmp_path / name)
     (tmp_path / "nih").mkdir(exist_ok=True)
     (tmp_path / "nih" / "Data_Entry_2017.csv").write_text("here already")
-    assert data.fetch("nih", tmp_path / "nih") == tmp_path / "nih"
+    assert fetch("nih", tmp_path / "nih") == tmp_path / "nih"
 
 
 def test_kaggles_client_is_used_where_it_is(tmp_path, monkeypatch, kaggle):
@@ -466,30 +569,32 @@ def test_kaggles_client_is_used_where_it_is(tmp_path, monkeypatch, kaggle):
     tool.write_text(f"#!/bin/sh\ncp {tmp_path}/source.zip $6/chest-xray-pneumonia.zip\n")
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tool.parent}:{os.environ['PATH']}")
-    assert len(data.load(data.fetch("kaggle", tmp_path / "set"))) == len(list(kaggle.rglob("*.jpeg")))
+    assert len(load(fetch("kaggle", tmp_path / "set"))) == len(list(kaggle.rglob("*.jpeg")))
     tool.write_text("#!/bin/sh\necho '401 - Unauthorized' >&2\nexit 1\n")
-    with pytest.raises(CourseError, match="401"): data.fetch("kaggle", tmp_path / "other")
+    with pytest.raises(CourseError, match="401"): fetch("kaggle", tmp_path / "other")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["bin", "set", "source.zip"]
 
 
 def test_the_registry_adds_up():
-    for d in data.REGISTRY.values():
-        if d.counts: assert sum(sum(c.values()) if isinstance(c, dict) else c for c in d.counts.values()) == d.films, d.name
+    for d in REGISTRY.values():
+        if d.counts:
+            assert sum(sum(c.values()) if isinstance(c, dict) else c
+                       for c in d.counts.values()) == d.films, d.name
         assert d.layout in ("kaggle", "mendeley", "nih", "covid", "npz") and d.licence and d.citation
-    assert len(data.registry()) == len(data.REGISTRY)
+    assert len(registry()) == len(REGISTRY)
 
 
 # ---------------------------------------------------------------- real films
 
 def test_real_kaggle(real_data):
-    f = data.load(real_data / "kaggle" / "chest_xray")
+    f = load(real_data / "kaggle" / "chest_xray")
     assert f["split"].value_counts().to_dict() == {"train": 4615, "test": 601, "val": 16} and len(f) == 5232
     normal = f["label"] == "NORMAL"
     assert normal.sum() == f["patient"].isna().sum() == f["study"].notna().sum() == 1349
     assert f["patient"].nunique() == 1642 and f.groupby("patient")["cause"].nunique().gt(1).sum() == 808
-    assert data.load(real_data / "kaggle")["path"].tolist() == f["path"].tolist()           # one folder higher
+    assert load(real_data / "kaggle")["path"].tolist() == f["path"].tolist()           # one folder higher
     start = time.perf_counter()
-    r = data.check(f, against="kaggle")
+    r = check(f, against="kaggle")
     assert time.perf_counter() - start < 60
     assert r.bad.empty and len(r.pairs) == r.pairs["equal"].sum() == 26
     assert not r.table["problem"].str.contains("two splits|two labels").any()
@@ -497,31 +602,50 @@ def test_real_kaggle(real_data):
 
 def test_real_nih(real_data):
     start = time.perf_counter()
-    full = data.load(real_data / "nih" / "labels" / "Data_Entry_2017_v2020.csv.gz")
-    r = data.check(full, pixels=False, against="nih")
+    full = load(real_data / "nih" / "labels" / "Data_Entry_2017_v2020.csv.gz")
+    r = check(full, pixels=False, against="nih")
     assert time.perf_counter() - start < 15
-    assert len(full) == 112120 and full["patient"].nunique() == 30805 and int(full["Hernia"].sum()) == 227 and int((full[list(FINDINGS)].sum(axis=1) == 0).sum()) == 60361
-    f = data.load(real_data / "nih")
-    assert f["split"].value_counts().to_dict() == {"train": 600, "val": 200} and (f[["height", "width"]] == 64).all(axis=None) and f["patient"].notna().all()
-    b = data.boxes(real_data / "nih" / "labels" / "BBox_List_2017.csv.gz")
-    assert (len(b), b["name"].nunique(), b["finding"].nunique()) == (984, 880, 8) and set(b["finding"]) <= set(FINDINGS)
+    assert (
+        len(full) == 112120
+        and full["patient"].nunique() == 30805
+        and int(full["Hernia"].sum()) == 227
+        and int((full[list(FINDINGS)].sum(axis=1) == 0).sum()) == 60361
+    )
+    f = load(real_data / "nih")
+    assert (
+        f["split"].value_counts().to_dict() == {"train": 600, "val": 200}
+        and (f[["height", "width"]] == 64).all(axis=None)
+        and f["patient"].notna().all()
+    )
+    b = boxes(real_data / "nih" / "labels" / "BBox_List_2017.csv.gz")
+    assert (len(b), b["name"].nunique(),
+            b["finding"].nunique()) == (984, 880, 8) and set(b["finding"]) <= set(FINDINGS)
 
 
 def test_real_films_read_again(real_data):
-    r = data.relabelled(real_data / "nih")
-    assert len(r) == r["path"].nunique() and list(Task.of(r).names) == ["Fracture", "Pneumothorax", "Airspace opacity", "Nodule or mass"]
-    assert data.layout(real_data / "nih" / "labels" / "google2019_nih-chest-xray-labels.csv.gz") == "csv"
+    r = relabelled(real_data / "nih")
+    assert len(r) == r["path"].nunique() and list(Task.of(r).names) == [
+        "Fracture", "Pneumothorax", "Airspace opacity", "Nodule or mass",
+    ]
+    assert layout(real_data / "nih" / "labels" / "google2019_nih-chest-xray-labels.csv.gz") == "csv"
 
 
 def test_real_covid_and_the_children_in_it(real_data):
-    f = data.load(real_data / "covid_qu_ex_layout")
-    assert f["label"].value_counts().to_dict() == {"Normal": 450, "COVID-19": 450, "Non-COVID": 90} and f["patient"].isna().all()
-    strange = data.frame([dict(path=str(p), label="Normal", split="train") for p in sorted((real_data / "covid_qu_ex_layout" / "confound_paediatric_normals").iterdir())])
-    pairs = data.check(strange, beside=data.load(real_data / "kaggle" / "chest_xray")).pairs
+    f = load(real_data / "covid_qu_ex_layout")
+    assert f["label"].value_counts().to_dict() == {"Normal": 450, "COVID-19": 450,
+                                                   "Non-COVID": 90} and f["patient"].isna().all()
+    strange = make_frame(
+        [
+            dict(path=str(p), label="Normal", split="train")
+            for p in sorted((real_data / "covid_qu_ex_layout" / "confound_paediatric_normals").iterdir())
+        ]
+    )
+    pairs = check(strange, beside=load(real_data / "kaggle" / "chest_xray")).pairs
     assert pairs.loc[pairs["meta_set_a"] != pairs["meta_set_b"], "path_a"].nunique() == len(strange) == 78
 
 
 def test_real_pneumoniamnist(real_data):
-    f = data.load(real_data / "pneumoniamnist_standin.npz")
-    assert f["split"].value_counts().to_dict() == {"train": 4108, "val": 524, "test": 600} and f["patient"].isna().all()
+    f = load(real_data / "pneumoniamnist_standin.npz")
+    assert f["split"].value_counts().to_dict() == {"train": 4108, "val": 524,
+                                                   "test": 600} and f["patient"].isna().all()
     assert f[f["split"] == "val"]["label"].value_counts().to_dict() == {"PNEUMONIA": 389, "NORMAL": 135}

@@ -11,8 +11,18 @@ import pytest
 from scipy.stats import binomtest, bootstrap, norm
 from sklearn import metrics
 
-from cxr_course import evaluation as ev
-from cxr_course.core import CourseError, frame, rng
+from cxr_course.core import CourseError, rng
+from cxr_course.evaluation.breakdown import by_class, by_size, errors, evaluate, subgroups
+from cxr_course.evaluation.metrics import (
+    aucs, compare_models, confusion, decide, eight, macro_auc, operating_points,
+)
+from cxr_course.evaluation.plots import plot_roc
+from cxr_course.evaluation.predictions import checked, predictions_frame, questions, read_predictions
+from cxr_course.evaluation.report import report
+from cxr_course.frame import make_frame
+from cxr_course.stats.bootstrap import interval, ratio, resample, resampled_auc, resampled_precision
+from cxr_course.stats.curves import auc, average_precision, precision_recall, roc
+from cxr_course.stats.intervals import auc_interval, compare, delong, left_out_auc, share, wilson
 
 
 def films(n=200, kind="binary", patients=80, seed=0, split="test"):
@@ -20,20 +30,36 @@ def films(n=200, kind="binary", patients=80, seed=0, split="test"):
     g = rng(seed, "test.films", kind)
     who = g.integers(0, patients, n)
     own = g.normal(size=patients)[who] * .7
-    rows = dict(path=[f"f{i}.png" for i in range(n)], patient=[f"p{w}" for w in who], split=split, source=np.where(who % 3 == 0, "B", "A"), view="PA",
-                height=g.integers(600, 1400, n), width=g.integers(800, 1800, n), age=g.integers(0, 90, n).astype(float), sex=np.where(who % 2, "F", "M"))
+    rows = dict(path=[f"f{i}.png" for i in range(n)], patient=[f"p{w}" for w in who], split=split,
+                source=np.where(who % 3 == 0, "B", "A"), view="PA", height=g.integers(600, 1400, n),
+                width=g.integers(800, 1800, n), age=g.integers(0, 90, n).astype(float),
+                sex=np.where(who % 2, "F", "M"))
     if kind == "binary":
         y = g.random(n) < .6
         p = 1 / (1 + np.exp(-(2.2 * y - 1.1 + own + g.normal(size=n))))
-        return frame(pd.DataFrame({**rows, "label": np.where(y, "PNEUMONIA", "NORMAL"), "p_NORMAL": 1 - p, "p_PNEUMONIA": p}), labels=["NORMAL", "PNEUMONIA"])
+        return make_frame(pd.DataFrame({**rows, "label": np.where(y, "PNEUMONIA", "NORMAL"),
+                                        "p_NORMAL": 1 - p, "p_PNEUMONIA": p}), labels=["NORMAL", "PNEUMONIA"])
     if kind == "three":
         names, y = ["NORMAL", "BACTERIA", "VIRUS"], g.integers(0, 3, n)
         z = np.eye(3)[y] * 2 + g.normal(size=(n, 3)) + own[:, None] * [1, 0, -.5]
         p = np.exp(z) / np.exp(z).sum(axis=1, keepdims=True)
-        return frame(pd.DataFrame({**rows, "label": np.array(names)[y], **{f"p_{c}": p[:, i] for i, c in enumerate(names)}}), labels=names)
+        return make_frame(pd.DataFrame({**rows, "label": np.array(names)[y],
+                                        **{f"p_{c}": p[:, i] for i, c in enumerate(names)}}), labels=names)
     truth = {f: (g.random(n) < q).astype(float) for f, q in (("Effusion", .3), ("Mass", .1), ("Hernia", 0))}
     for y in truth.values(): y[g.random(n) < .05] = np.nan
-    return frame(pd.DataFrame({**rows, **truth, **{f"p_{f}": 1 / (1 + np.exp(-(np.nan_to_num(y) + own + g.normal(size=n)))) for f, y in truth.items()}}), findings=list(truth))
+    return make_frame(
+        pd.DataFrame(
+            {
+                **rows,
+                **truth,
+                **{
+                    f"p_{f}": 1 / (1 + np.exp(-(np.nan_to_num(y) + own + g.normal(size=n))))
+                    for f, y in truth.items()
+                },
+            }
+        ),
+        findings=list(truth),
+    )
 
 
 @pytest.mark.parametrize("decimals", [12, 1])            # without ties and with many
@@ -42,15 +68,22 @@ def test_scikit_learn_agrees(decimals, prevalence):
     g = rng(1, "sklearn")
     y = (g.random(3000) < prevalence).astype(float)
     s = np.round(g.normal(size=3000) + y, decimals)
-    assert abs(ev.auc(y, s) - metrics.roc_auc_score(y, s)) < 1e-12
-    assert abs(ev.average_precision(y, s) - metrics.average_precision_score(y, s)) < 1e-12
-    for ours, theirs in zip(ev.roc(y, s), metrics.roc_curve(y, s, drop_intermediate=False)): assert np.array_equal(ours, theirs) or np.abs(ours[1:] - theirs[1:]).max() < 1e-12
-    precision, recall, cut = ev.precision_recall(y, s)
+    assert abs(auc(y, s) - metrics.roc_auc_score(y, s)) < 1e-12
+    assert abs(average_precision(y, s) - metrics.average_precision_score(y, s)) < 1e-12
+    for ours, theirs in zip(roc(y, s), metrics.roc_curve(y, s, drop_intermediate=False)):
+        assert np.array_equal(ours, theirs) or np.abs(ours[1:] - theirs[1:]).max() < 1e-12
+    precision, recall, cut = precision_recall(y, s)
     p, r, t = metrics.precision_recall_curve(y, s)
-    assert np.abs(precision - p[:-1][::-1]).max() < 1e-12 and np.abs(recall - r[:-1][::-1]).max() < 1e-12 and np.array_equal(cut, t[::-1])
-    e = ev.eight(y, s, .5)
+    assert (
+        np.abs(precision - p[:-1][::-1]).max() < 1e-12
+        and np.abs(recall - r[:-1][::-1]).max() < 1e-12
+        and np.array_equal(cut, t[::-1])
+    )
+    e = eight(y, s, .5)
     tn, fp, fn, tp = metrics.confusion_matrix(y, s >= .5).ravel()
-    assert (e["tn"], e["fp"], e["fn"], e["tp"]) == (tn, fp, fn, tp) and abs(e["precision"] - metrics.precision_score(y, s >= .5)) < 1e-12
+    assert (e["tn"], e["fp"], e["fn"], e["tp"]) == (tn, fp, fn, tp) and abs(
+        e["precision"] - metrics.precision_score(y, s >= 0.5)
+    ) < 1e-12
 
 
 @pytest.mark.parametrize("decimals", [12, 1])
@@ -58,23 +91,25 @@ def test_every_resampled_figure_is_the_weighted_figure(decimals):
     g = rng(2, "weights")
     keys, y = g.integers(0, 50, 400), (g.random(400) < .3).astype(float)
     s = np.round(g.normal(size=400) + y, decimals)
-    codes, counts = ev.resample(keys, 70, seed=3)
-    area, precision = ev.resampled_auc(y, s, codes, counts), ev.resampled_precision(y, s, codes, counts)
+    codes, counts = resample(keys, 70, seed=3)
+    area, precision = resampled_auc(y, s, codes, counts), resampled_precision(y, s, codes, counts)
     for j in range(70):
         assert abs(area[j] - metrics.roc_auc_score(y, s, sample_weight=counts[codes, j])) < 1e-12
-        assert abs(precision[j] - metrics.average_precision_score(y, s, sample_weight=counts[codes, j])) < 1e-12
-    left = ev.left_out_auc(y, s, codes, len(counts))
+        assert (
+            abs(precision[j] - metrics.average_precision_score(y, s, sample_weight=counts[codes, j])) < 1e-12
+        )
+    left = left_out_auc(y, s, codes, len(counts))
     for k in range(50): assert abs(left[k] - metrics.roc_auc_score(y[codes != k], s[codes != k])) < 1e-12
 
 
 def test_same_seed_same_interval_and_order_of_rows_does_not_matter_much():
     p = films()
-    assert ev.evaluate(p).equals(ev.evaluate(p)) and not ev.evaluate(p).equals(ev.evaluate(p, seed=1))
+    assert evaluate(p).equals(evaluate(p)) and not evaluate(p).equals(evaluate(p, seed=1))
 
 
 def test_delong_on_the_ratings_of_hanley_and_mcneil():
     ratings = np.repeat([1, 2, 3, 4, 5] * 2, [33, 6, 6, 11, 2, 3, 2, 2, 11, 33])
-    est = ev.auc_interval(np.repeat([0, 1], [58, 51]), ratings, np.arange(109), "delong")
+    est = auc_interval(np.repeat([0, 1], [58, 51]), ratings, np.arange(109), "delong")
     assert (round(est.value, 4), round(est.low, 4), round(est.high, 4)) == (.8932, .833, .9534)
 
 
@@ -84,37 +119,44 @@ def test_delong_by_its_definition_for_two_models():
     scores = np.round(g.normal(size=(2, 40)) + y, 1)
     pairs = [(a[:17, None] > a[17:]) + .5 * (a[:17, None] == a[17:]) for a in scores]
     down, across = np.array([q.mean(axis=1) for q in pairs]), np.array([q.mean(axis=0) for q in pairs])
-    area, cov = ev.delong(y, scores)
-    assert np.allclose(area, [q.mean() for q in pairs], atol=1e-14) and np.allclose(cov, np.cov(down) / 17 + np.cov(across) / 23, atol=1e-14)
-    gap, p = ev.compare(y, *scores)
+    area, cov = delong(y, scores)
+    assert np.allclose(area, [q.mean() for q in pairs],
+                       atol=1e-14) and np.allclose(cov, np.cov(down) / 17 + np.cov(across) / 23, atol=1e-14)
+    gap, p = compare(y, *scores)
     z = (area[0] - area[1]) / np.sqrt(cov[0, 0] + cov[1, 1] - 2 * cov[0, 1])
     assert abs(p - 2 * norm.sf(abs(z))) < 1e-12 and abs(gap.value - (area[0] - area[1])) < 1e-15
 
 
 def test_a_film_copied_within_its_patient_adds_no_certainty():
-    y, s, k = np.tile(rng(5, "y").random(60) < .5, 3) * 1., np.tile(rng(5, "s").normal(size=60), 3), np.tile(np.arange(60), 3)
-    once, thrice = ev.delong(y[:60], s[:60])[1][0, 0], ev.delong(y, s, k)[1][0, 0]
-    assert abs(thrice / once - 1) < 1e-9 and ev.delong(y, s)[1][0, 0] < .4 * once
-    a, b = ev.share(y[:60] == 1, k[:60]), ev.share(y == 1, k)
+    y, s, k = np.tile(rng(5, "y").random(60) < 0.5,
+                      3) * 1.0, np.tile(rng(5, "s").normal(size=60), 3), np.tile(np.arange(60), 3)
+    once, thrice = delong(y[:60], s[:60])[1][0, 0], delong(y, s, k)[1][0, 0]
+    assert abs(thrice / once - 1) < 1e-9 and delong(y, s)[1][0, 0] < .4 * once
+    a, b = share(y[:60] == 1, k[:60]), share(y == 1, k)
     assert np.allclose(a[:3], b[:3])
 
 
 @pytest.mark.parametrize("hits, n, low, high", [(574.08, 624, .896, .939), (0, 10, 0, .278), (10, 10, .722, 1)])
 def test_wilson(hits, n, low, high):
-    est = ev.wilson(hits, n)
+    est = wilson(hits, n)
     assert abs(est.low - low) < 6e-4 and abs(est.high - high) < 6e-4
 
 
 def test_wilson_solves_its_own_equation():
-    z, est = norm.ppf(.975), ev.wilson(37, 61)
-    for edge in (est.low, est.high): assert abs(abs(37 / 61 - edge) / np.sqrt(edge * (1 - edge) / 61) - z) < 1e-9
+    z, est = norm.ppf(.975), wilson(37, 61)
+    for edge in (est.low, est.high):
+        assert abs(abs(37 / 61 - edge) / np.sqrt(edge * (1 - edge) / 61) - z) < 1e-9
 
 
 def clustered(g, patients, most=4, shift=1.3, alike=.6):
     size = g.integers(1, most + 1, patients)
     k = np.repeat(np.arange(patients), size)
     y = (g.random(patients) < .5)[k].astype(float)
-    return y, shift * y + np.sqrt(alike) * g.normal(size=patients)[k] + np.sqrt(1 - alike) * g.normal(size=len(k)), k
+    return (
+        y,
+        shift * y + np.sqrt(alike) * g.normal(size=patients)[k] + np.sqrt(1 - alike) * g.normal(size=len(k)),
+        k,
+    )
 
 
 @pytest.mark.parametrize("method", ["percentile", "bca", "delong"])
@@ -122,7 +164,7 @@ def test_intervals_hold_the_truth_as_often_as_they_say(method):
     g, truth, held = rng(6, "coverage"), norm.cdf(1.3 / np.sqrt(2)), []
     for i in range(800):
         y, s, k = clustered(g, 150)
-        est = ev.auc_interval(y, s, k, method, times=400, seed=i)
+        est = auc_interval(y, s, k, method, times=400, seed=i)
         held.append(est.low <= truth <= est.high)
     assert .93 <= np.mean(held) <= .97, np.mean(held)
 
@@ -132,7 +174,7 @@ def test_intervals_of_a_difference_hold_the_truth():
     for _ in range(1500):
         y, s, k = clustered(g, 120)
         t = s + g.normal(size=len(s))
-        est, _ = ev.compare(y, s, t, k)
+        est, _ = compare(y, s, t, k)
         held.append(est.low <= norm.cdf(1.3 / np.sqrt(2)) - norm.cdf(1.3 / 2) <= est.high)
     assert .93 <= np.mean(held) <= .97, np.mean(held)
 
@@ -142,10 +184,11 @@ def test_shares_by_patient_hold_the_truth(truth):
     g, held, naive = rng(8, "share"), [], []
     for _ in range(2000):
         k = np.repeat(np.arange(100), g.integers(1, 5, 100))
-        own = g.beta(truth * 3, (1 - truth) * 3, 100)                    # patients differ in how easy they are
+        # patients differ in how easy they are
+        own = g.beta(truth * 3, (1 - truth) * 3, 100)
         hit = g.random(len(k)) < own[k]
         for keys, out in ((k, held), (None, naive)):
-            est = ev.share(hit, keys)
+            est = share(hit, keys)
             out.append(est.low <= truth <= est.high)
     assert .93 <= np.mean(held) <= .97 and np.mean(naive) < .91, (np.mean(held), np.mean(naive))
 
@@ -154,7 +197,7 @@ def test_taking_films_for_independent_is_caught_by_the_same_test():
     g, truth, held = rng(6, "coverage"), norm.cdf(1.3 / np.sqrt(2)), []
     for _ in range(400):
         y, s, k = clustered(g, 150)
-        est = ev.auc_interval(y, s, np.arange(len(k)), "delong")
+        est = auc_interval(y, s, np.arange(len(k)), "delong")
         held.append(est.low <= truth <= est.high)
     assert np.mean(held) < .92
 
@@ -162,12 +205,21 @@ def test_taking_films_for_independent_is_caught_by_the_same_test():
 @pytest.mark.parametrize("kind", ["binary", "three", "many"])
 def test_a_report_of_each_kind_is_saved_whole(kind, tmp_path):
     p = films(kind=kind)
-    r = ev.report(p, threshold=None if kind == "three" else .4, times=200)
+    r = report(p, threshold=None if kind == "three" else .4, times=200)
     folder = r.save(tmp_path / "report")
     page, data = (folder / "report.html").read_text(), json.loads((folder / "report.json").read_text())
     assert sorted(f.name for f in folder.iterdir()) == ["report.html", "report.json", "report.png"]
-    assert page.count("<h1>") == 1 and "<script" not in page and "http" not in page.replace("http-equiv", "") and "src=\"data:image/png;base64," in page
-    assert (folder / "report.png").read_bytes()[:4] == b"\x89PNG" and data["images"] == 200 and len(data["values"]) == len(r.values)
+    assert (
+        page.count("<h1>") == 1
+        and "<script" not in page
+        and "http" not in page.replace("http-equiv", "")
+        and "src=\"data:image/png;base64," in page
+    )
+    assert (
+        (folder / "report.png").read_bytes()[:4] == b"\x89PNG"
+        and data["images"] == 200
+        and len(data["values"]) == len(r.values)
+    )
     assert "<img" in r._repr_html_() and repr(r)
     with pytest.raises(CourseError, match="never overwritten"): r.save(folder)
     r.save(folder, overwrite=True)
@@ -177,84 +229,126 @@ def test_a_report_of_each_kind_is_saved_whole(kind, tmp_path):
 
 def test_every_estimate_lies_within_its_interval():
     for kind in ("binary", "three", "many"):
-        v = ev.evaluate(films(kind=kind), threshold=None if kind == "three" else .5, times=300).dropna(subset=["low"])
-        assert (v["low"] <= v["value"] + 1e-12).all() and (v["value"] <= v["high"] + 1e-12).all() and v["low"].ge(0).all() and v["high"].le(1).all()
+        v = evaluate(films(kind=kind), threshold=None if kind == "three" else 0.5,
+                     times=300).dropna(subset=["low"])
+        assert (
+            (v["low"] <= v["value"] + 1e-12).all()
+            and (v["value"] <= v["high"] + 1e-12).all()
+            and v["low"].ge(0).all()
+            and v["high"].le(1).all()
+        )
 
 
 def test_patients_missing_raise_unless_the_caller_says_so():
-    p = frame(films().assign(patient=None, group=None))
-    for call in (ev.evaluate, ev.report, ev.aucs, ev.subgroups, ev.by_class, ev.errors, ev.by_size, ev.plot_roc):
+    p = make_frame(films().assign(patient=None, group=None))
+    for call in (evaluate, report, aucs, subgroups, by_class, errors, by_size, plot_roc):
         with pytest.raises(CourseError, match="have no patient"): call(p)
-    assert "NOT purely by patient: 200 single images" in ev.report(frame(p, unknown="image"), threshold=.5, times=50).notes[-1]
+    assert "NOT purely by patient: 200 single images" in report(make_frame(p, unknown="image"), threshold=0.5,
+                                                                times=50).notes[-1]
     p["study"] = [f"s{i // 4}" for i in range(200)]
-    assert "50 examinations" in ev.report(frame(p, unknown="image"), threshold=.5, times=50).notes[-1]
+    assert "50 examinations" in report(make_frame(p, unknown="image"), threshold=.5, times=50).notes[-1]
 
 
 def test_faults_in_the_frame():
     p = films()
-    with pytest.raises(CourseError, match="sum to one"): ev.checked(p.assign(p_NORMAL=p["p_NORMAL"] + .01))
-    with pytest.raises(CourseError, match="1 of 200 images have no usable"): ev.checked(p.assign(p_NORMAL=[np.nan, *p["p_NORMAL"][1:]]))
-    with pytest.raises(CourseError, match="every class"): ev.checked(p.drop(columns="p_NORMAL"))
-    with pytest.raises(CourseError, match="known truth"): ev.checked(p.assign(label=pd.Categorical([None] * 200, ["NORMAL", "PNEUMONIA"])))
-    with pytest.raises(CourseError, match="between two classes"): ev.report(films(kind="three"), threshold=.5)
-    with pytest.raises(CourseError, match="have no threshold"): ev.decide(films(kind="many"), {"Mass": .5})
-    with pytest.raises(CourseError, match="common confusion matrix"): ev.confusion(films(kind="many"))
+    with pytest.raises(CourseError, match="sum to one"): checked(p.assign(p_NORMAL=p["p_NORMAL"] + .01))
+    with pytest.raises(CourseError, match="1 of 200 images have no usable"):
+        checked(p.assign(p_NORMAL=[np.nan, *p["p_NORMAL"][1:]]))
+    with pytest.raises(CourseError, match="every class"): checked(p.drop(columns="p_NORMAL"))
+    with pytest.raises(CourseError, match="known truth"):
+        checked(p.assign(label=pd.Categorical([None] * 200, ["NORMAL", "PNEUMONIA"])))
+    with pytest.raises(CourseError, match="between two classes"): report(films(kind="three"), threshold=.5)
+    with pytest.raises(CourseError, match="have no threshold"): decide(films(kind="many"), {"Mass": .5})
+    with pytest.raises(CourseError, match="common confusion matrix"): confusion(films(kind="many"))
 
 
 def test_absent_classes_unknown_labels_and_ties_are_counted_and_said():
-    many = ev.aucs(films(kind="many"))
-    assert np.isnan(many.loc["Hernia", "value"]) and many.loc["Hernia", "note"] == "no image shows it" and many.loc["macro", "note"] == "mean of 2 of 3"
+    many = aucs(films(kind="many"))
+    assert (
+        np.isnan(many.loc["Hernia", "value"])
+        and many.loc["Hernia", "note"] == "no image shows it"
+        and many.loc["macro", "note"] == "mean of 2 of 3"
+    )
     assert abs(many.loc["macro", "value"] - many.loc[["Effusion", "Mass"], "value"].mean()) < 1e-12
     p = films()
     p.loc[:9, "label"] = None
     p["p_PNEUMONIA"] = p["p_PNEUMONIA"].round(1)
     p["p_NORMAL"] = 1 - p["p_PNEUMONIA"]
-    notes = " ".join(ev.report(p, times=50).notes)
-    assert "10 of 200 images have no label" in notes and "Tied scores" in notes and "not chosen for this model" in notes
+    notes = " ".join(report(p, times=50).notes)
+    assert (
+        "10 of 200 images have no label" in notes
+        and "Tied scores" in notes
+        and "not chosen for this model" in notes
+    )
     known = p["label"].notna()
-    assert abs(ev.auc(*ev.questions(p)["PNEUMONIA"]) - metrics.roc_auc_score(p["label"][known] == "PNEUMONIA", p["p_PNEUMONIA"][known])) < 1e-12
-    assert ev.confusion(p, .5).to_numpy().sum() == 190
+    assert (
+        abs(
+            auc(*questions(p)["PNEUMONIA"])
+            - metrics.roc_auc_score(p["label"][known] == "PNEUMONIA", p["p_PNEUMONIA"][known])
+        )
+        < 1e-12
+    )
+    assert confusion(p, .5).to_numpy().sum() == 190
     sick = films()
-    only = ev.report(sick[sick["label"] == "PNEUMONIA"], threshold=.5, times=50)
+    only = report(sick[sick["label"] == "PNEUMONIA"], threshold=.5, times=50)
     assert "every image shows it" in " ".join(only.notes) and only.html()
 
 
 def test_perfect_separation_is_not_called_certain():
-    p = films(40).assign(p_PNEUMONIA=lambda d: np.where(d["label"] == "PNEUMONIA", .9, .1), p_NORMAL=lambda d: 1 - d["p_PNEUMONIA"])
-    row = ev.aucs(p).iloc[0]
-    assert row["value"] == 1 and np.isnan(row["low"]) and "cannot say" in row["note"] and ev.report(p, threshold=.5, times=50).html()
+    p = films(40).assign(p_PNEUMONIA=lambda d: np.where(d["label"] == "PNEUMONIA", 0.9, 0.1),
+                         p_NORMAL=lambda d: 1 - d["p_PNEUMONIA"])
+    row = aucs(p).iloc[0]
+    assert (
+        row["value"] == 1
+        and np.isnan(row["low"])
+        and "cannot say" in row["note"]
+        and report(p, threshold=0.5, times=50).html()
+    )
 
 
 def test_three_classes_agree_with_scikit_learn():
     p = films(kind="three")
-    said = ev.decide(p)
+    said = decide(p)
     names = list(p["label"].cat.categories)
-    assert (ev.confusion(p).to_numpy() == metrics.confusion_matrix(p["label"].astype(str), said.astype(str), labels=names)).all()
+    assert (confusion(p).to_numpy() == metrics.confusion_matrix(p["label"].astype(str), said.astype(str),
+                                                                labels=names)).all()
     theirs = metrics.classification_report(p["label"].astype(str), said.astype(str), output_dict=True)
-    for c, row in ev.by_class(p).iterrows():
-        for ours, key in (("precision", "precision"), ("recall", "recall"), ("f1", "f1-score")): assert abs(row[ours].value - theirs[c][key]) < 1e-12
-    m = ev.errors(p)
+    for c, row in by_class(p).iterrows():
+        for ours, key in (("precision", "precision"), ("recall", "recall"), ("f1", "f1-score")):
+            assert abs(row[ours].value - theirs[c][key]) < 1e-12
+    m = errors(p)
     sick = (p["label"] != "NORMAL").to_numpy()
-    assert m.loc["missed", "images"] == ((said == "NORMAL").to_numpy() & sick).sum() and m.loc["wrong kind", "images"] + m.loc["missed", "images"] == (sick & (said != p["label"]).to_numpy()).sum()
-    assert abs(m.loc["right, sick or healthy", "share"].value - ((said != "NORMAL").to_numpy() == sick).mean()) < 1e-12
+    assert (
+        m.loc["missed", "images"] == ((said == "NORMAL").to_numpy() & sick).sum()
+        and m.loc["wrong kind", "images"] + m.loc["missed", "images"]
+        == (sick & (said != p["label"]).to_numpy()).sum()
+    )
+    assert abs(m.loc["right, sick or healthy",
+                     "share"].value - ((said != "NORMAL").to_numpy() == sick).mean()) < 1e-12
     macro = metrics.roc_auc_score(p["label"].cat.codes, p[[f"p_{c}" for c in names]], multi_class="ovr")
-    assert abs(ev.aucs(p).loc["macro", "value"] - macro) < 1e-12
+    assert abs(aucs(p).loc["macro", "value"] - macro) < 1e-12
 
 
 def test_small_groups_are_not_spoken_of():
     p = films()
     p.loc[p.index[:5], "source"] = "C"
-    g = ev.subgroups(p, threshold=.5, times=100)
+    g = subgroups(p, threshold=.5, times=100)
     small = g[g["group"] == "C"]
-    assert len(small) == 1 and np.isnan(small["value"].iloc[0]) and "too few patients" in small["note"].iloc[0]
-    assert set(g["by"]) == {"age", "sex", "source", "size"}            # the view does not vary, so it is passed over
+    assert (
+        len(small) == 1 and np.isnan(small["value"].iloc[0]) and "too few patients" in small["note"].iloc[0]
+    )
+    # the view does not vary, so it is passed over
+    assert set(g["by"]) == {"age", "sex", "source", "size"}
     assert g.loc[g["by"] == "size", ["group", "images"]].drop_duplicates()["images"].sum() == 200
 
 
 def test_subgroups_without_size_or_age_are_quiet():
     p = films().assign(age=np.nan)
     p["height"] = p["width"] = pd.array([pd.NA] * 200, dtype="Int64")
-    assert set(ev.subgroups(p, threshold=.5, times=50)["by"]) == {"sex", "source"} and ev.report(p, threshold=.5, times=50).png()
+    assert (
+        set(subgroups(p, threshold=0.5, times=50)["by"]) == {"sex", "source"}
+        and report(p, threshold=0.5, times=50).png()
+    )
 
 
 def test_no_tensorflow_and_no_matplotlib_at_import():
@@ -272,11 +366,15 @@ def skewed(n, decimals):
 def test_bca_is_that_of_scipy(statistic, decimals, level):
     "The same resamples and the same jackknife must give the same interval; dropping the acceleration or the ties moves it by 3 to 40 % of its width."
     x = skewed(60, decimals)
-    theirs = bootstrap((x,), statistic, method="BCa", n_resamples=1999, confidence_level=level, rng=np.random.default_rng(1))
+    theirs = bootstrap((x,), statistic, method="BCa", n_resamples=1999, confidence_level=level,
+                       rng=np.random.default_rng(1))
     left = np.array([statistic(np.delete(x, i)) for i in range(len(x))])
-    ours = ev.interval(float(statistic(x)), theirs.bootstrap_distribution, left, level)
-    assert abs(ours.low - theirs.confidence_interval.low) < 1e-9 and abs(ours.high - theirs.confidence_interval.high) < 1e-9
-    plain = ev.interval(float(statistic(x)), theirs.bootstrap_distribution, None, level)
+    ours = interval(float(statistic(x)), theirs.bootstrap_distribution, left, level)
+    assert (
+        abs(ours.low - theirs.confidence_interval.low) < 1e-9
+        and abs(ours.high - theirs.confidence_interval.high) < 1e-9
+    )
+    plain = interval(float(statistic(x)), theirs.bootstrap_distribution, None, level)
     assert abs(plain.low - ours.low) + abs(plain.high - ours.high) > .03 * (ours.high - ours.low)
 
 
@@ -285,49 +383,58 @@ def test_the_bca_interval_of_an_auc_is_that_of_scipy(decimals):
     g = rng(21, "bca.auc")
     y = (np.arange(80) < 14).astype(float)
     s = np.round(g.exponential(size=80) + 1.2 * y, decimals)
-    theirs = bootstrap((np.arange(80),), lambda i: ev.auc(y[i], s[i]), method="BCa", n_resamples=999, vectorized=False, rng=np.random.default_rng(2))
-    ours = ev.interval(ev.auc(y, s), theirs.bootstrap_distribution, ev.left_out_auc(y, s, np.arange(80), 80))
-    assert abs(ours.low - theirs.confidence_interval.low) < 1e-9 and abs(ours.high - theirs.confidence_interval.high) < 1e-9
+    theirs = bootstrap((np.arange(80),), lambda i: auc(y[i], s[i]), method="BCa", n_resamples=999,
+                       vectorized=False, rng=np.random.default_rng(2))
+    ours = interval(auc(y, s), theirs.bootstrap_distribution, left_out_auc(y, s, np.arange(80), 80))
+    assert (
+        abs(ours.low - theirs.confidence_interval.low) < 1e-9
+        and abs(ours.high - theirs.confidence_interval.high) < 1e-9
+    )
 
 
 def test_fewer_than_twenty_usable_studies_give_no_interval():
     usable = np.linspace(.6, .9, 20)
     gone = np.full(980, np.nan)
-    assert np.isnan(ev.interval(.8, np.r_[usable[:19], gone]).low) and "too few" in ev.interval(.8, np.r_[usable[:19], gone]).note
-    kept = ev.interval(.8, np.r_[usable, gone])
+    assert (
+        np.isnan(interval(0.8, np.r_[usable[:19], gone]).low)
+        and "too few" in interval(0.8, np.r_[usable[:19], gone]).note
+    )
+    kept = interval(.8, np.r_[usable, gone])
     assert .6 <= kept.low < kept.high <= .9 and "980 of 1000" in kept.note
-    assert np.isnan(ev.interval(float("nan"), usable).value)
+    assert np.isnan(interval(float("nan"), usable).value)
 
 
 @pytest.mark.parametrize("hits, low, high", [(20, .566, 1), (0, 0, .434)])
 def test_all_or_none_are_counted_by_patient(hits, low, high):
     "Twenty images of five patients are worth five: Wilson's interval for 5 of 5, not for 20 of 20 (which begins at .839)."
     hit = np.arange(20) < hits
-    est = ev.share(hit, np.repeat(list("abcde"), 4))
+    est = share(hit, np.repeat(list("abcde"), 4))
     assert (round(est.low, 3), round(est.high, 3)) == (low, high)
     theirs = binomtest(5 * hits // 20, 5).proportion_ci(method="wilson")
     assert abs(est.low - theirs.low) < 1e-12 and abs(est.high - theirs.high) < 1e-12
-    unequal = ev.share(hit, np.repeat(list("abcde"), [16, 1, 1, 1, 1]))                     # nearly all of them one patient's: worth less still
+    # nearly all of them one patient's: worth less still
+    unequal = share(hit, np.repeat(list("abcde"), [16, 1, 1, 1, 1]))
     assert unequal.high - unequal.low > est.high - est.low
     single = binomtest(hits, 20).proportion_ci(method="wilson")
-    for keys in (None, np.arange(20)): assert np.allclose(ev.share(hit, keys)[1:3], [single.low, single.high], atol=1e-12)
+    for keys in (None, np.arange(20)):
+        assert np.allclose(share(hit, keys)[1:3], [single.low, single.high], atol=1e-12)
 
 
 def test_a_share_needs_a_patient_for_every_image():
-    with pytest.raises(CourseError, match="one patient an image"): ev.share(np.ones(20), range(19))
-    assert np.isnan(ev.share([]).value) and ev.share([]).note == "nothing to count"
+    with pytest.raises(CourseError, match="one patient an image"): share(np.ones(20), range(19))
+    assert np.isnan(share([]).value) and share([]).note == "nothing to count"
 
 
 @pytest.mark.parametrize("call, words", [
-    (lambda y, s: ev.auc(y, s[1:]), "one value an image"),
-    (lambda y, s: ev.auc(s, y), "truth, then score"),
-    (lambda y, s: ev.compare(y, s, s[1:]), "on the same images"),
-    (lambda y, s: ev.compare(y, s, s, range(3)), "one value an image"),
-    (lambda y, s: ev.compare(s, y, s), "truth, then score"),
-    (lambda y, s: ev.compare(films(), y, s), "compare_models"),
-    (lambda y, s: ev.auc_interval(y, s, range(3)), "one value an image"),
-    (lambda y, s: ev.operating_points(y, s, [.5], range(3)), "one value an image"),
-    (lambda y, s: ev.ratio(y, s, range(3)), "one value an image"),
+    (lambda y, s: auc(y, s[1:]), "one value an image"),
+    (lambda y, s: auc(s, y), "truth, then score"),
+    (lambda y, s: compare(y, s, s[1:]), "on the same images"),
+    (lambda y, s: compare(y, s, s, range(3)), "one value an image"),
+    (lambda y, s: compare(s, y, s), "truth, then score"),
+    (lambda y, s: compare(films(), y, s), "compare_models"),
+    (lambda y, s: auc_interval(y, s, range(3)), "one value an image"),
+    (lambda y, s: operating_points(y, s, [.5], range(3)), "one value an image"),
+    (lambda y, s: ratio(y, s, range(3)), "one value an image"),
 ])
 def test_arrays_that_do_not_belong_together_are_refused_in_words(call, words):
     y, s = np.array([1., 0, 1, 0, 1]), np.array([.9, .8, .7, .2, .1])
@@ -335,7 +442,7 @@ def test_arrays_that_do_not_belong_together_are_refused_in_words(call, words):
 
 
 def test_models_of_one_class_are_not_compared():
-    gap, p = ev.compare(np.ones(5), np.arange(5.), np.arange(5.))
+    gap, p = compare(np.ones(5), np.arange(5.), np.arange(5.))
     assert np.isnan(gap.value) and gap.note == "every image shows it" and np.isnan(p)
 
 
@@ -345,27 +452,35 @@ def test_frames_are_compared_image_by_image(kind):
     columns = [c for c in one if c.startswith("p_")]
     p = one[columns].to_numpy() ** .5 * g.uniform(.5, 1, (200, len(columns)))
     other = one.assign(**dict(zip(columns, (p if kind == "many" else p / p.sum(axis=1, keepdims=True)).T)))
-    found = ev.compare_models(one, other.sample(frac=1, random_state=1))
-    for name, (y, s) in ev.questions(one).items():
-        gap, chance = ev.compare(y, s, other[f"p_{name}"].to_numpy(), one["patient"])
-        assert np.allclose(found.loc[name, ["value", "low", "high", "p"]].astype(float), [*gap[:3], chance], atol=1e-12, equal_nan=True)
-    with pytest.raises(CourseError, match="1 images are only in the first, 0"): ev.compare_models(one, other.iloc[1:])
-    with pytest.raises(CourseError, match="by their column `path`"): ev.compare_models(one, other.drop(columns="path"))
-    with pytest.raises(CourseError, match="by their column `path`"): ev.compare_models(one, other.assign(path="x"))
+    found = compare_models(one, other.sample(frac=1, random_state=1))
+    for name, (y, s) in questions(one).items():
+        gap, chance = compare(y, s, other[f"p_{name}"].to_numpy(), one["patient"])
+        assert np.allclose(found.loc[name, ["value", "low", "high", "p"]].astype(float), [*gap[:3], chance],
+                           atol=1e-12, equal_nan=True)
+    with pytest.raises(CourseError, match="1 images are only in the first, 0"):
+        compare_models(one, other.iloc[1:])
+    with pytest.raises(CourseError, match="by their column `path`"):
+        compare_models(one, other.drop(columns="path"))
+    with pytest.raises(CourseError, match="by their column `path`"):
+        compare_models(one, other.assign(path="x"))
 
 
 def test_frames_of_other_questions_or_other_truths_are_not_compared():
-    with pytest.raises(CourseError, match="same question"): ev.compare_models(films(), films(kind="three"))
-    turned = films().assign(label=lambda d: d["label"].cat.rename_categories({"NORMAL": "PNEUMONIA", "PNEUMONIA": "NORMAL"}).cat.reorder_categories(["NORMAL", "PNEUMONIA"]))
-    with pytest.raises(CourseError, match="agree on the truth of PNEUMONIA"): ev.compare_models(films(), turned)
+    with pytest.raises(CourseError, match="same question"): compare_models(films(), films(kind="three"))
+    turned = films().assign(
+        label=lambda d: d["label"]
+        .cat.rename_categories({"NORMAL": "PNEUMONIA", "PNEUMONIA": "NORMAL"})
+        .cat.reorder_categories(["NORMAL", "PNEUMONIA"])
+    )
+    with pytest.raises(CourseError, match="agree on the truth of PNEUMONIA"): compare_models(films(), turned)
 
 
 def test_one_mean_auc_for_every_kind():
     for kind in ("binary", "three", "many"):
         p = films(kind=kind)
-        assert abs(ev.macro_auc(p) - ev.aucs(p, times=50)["value"].iloc[-1]) < 1e-12
+        assert abs(macro_auc(p) - aucs(p, times=50)["value"].iloc[-1]) < 1e-12
     sick = films()[lambda d: d["label"] == "PNEUMONIA"]
-    assert np.isnan(ev.macro_auc(sick))
+    assert np.isnan(macro_auc(sick))
 
 
 def test_predictions_of_scikit_learn():
@@ -375,19 +490,31 @@ def test_predictions_of_scikit_learn():
     for k, names in ((2, ["NORMAL", "PNEUMONIA"]), (3, ["NORMAL", "BACTERIA", "VIRUS"])):
         y = (x[:, 0] + g.normal(size=300) > 0).astype(int) + (k == 3) * (x[:, 1] > 0)
         p = LogisticRegression().fit(x, y).predict_proba(x)
-        made = ev.predictions_frame(y, p, names=names, patients=who)
-        theirs = metrics.roc_auc_score(y, p[:, 1]) if k == 2 else metrics.roc_auc_score(y, p, multi_class="ovr")
-        assert abs(ev.macro_auc(made) - theirs) < 1e-12 and abs(ev.evaluate(made, times=50).set_index(["of", "metric"]).loc[("all", "accuracy"), "value"] - (p.argmax(axis=1) == y).mean()) < .01
-        assert ev.report(made, threshold=.5 if k == 2 else None, times=50).html()
-        for truth in (np.array(names)[y], list(np.array(names)[y]), pd.Series(y), pd.Series(np.array(names)[y]).astype("category"), y[:, None], y.astype(float)):
-            assert ev.predictions_frame(truth, p, names=names, patients=who).equals(made)
-    one = ev.predictions_frame(y > 1, p[:, 2], names=["other", "VIRUS"], patients=who)
+        made = predictions_frame(y, p, names=names, patients=who)
+        theirs = metrics.roc_auc_score(y,
+                                       p[:, 1]) if k == 2 else metrics.roc_auc_score(y, p, multi_class="ovr")
+        assert (
+            abs(macro_auc(made) - theirs) < 1e-12
+            and abs(
+                evaluate(made, times=50).set_index(["of", "metric"]).loc[("all", "accuracy"), "value"]
+                - (p.argmax(axis=1) == y).mean()
+            )
+            < 0.01
+        )
+        assert report(made, threshold=.5 if k == 2 else None, times=50).html()
+        for truth in (
+            np.array(names)[y], list(np.array(names)[y]), pd.Series(y),
+            pd.Series(np.array(names)[y]).astype("category"), y[:, None], y.astype(float),
+        ):
+            assert predictions_frame(truth, p, names=names, patients=who).equals(made)
+    one = predictions_frame(y > 1, p[:, 2], names=["other", "VIRUS"], patients=who)
     assert np.allclose(one["p_other"], 1 - p[:, 2]) and one["label"].value_counts()["VIRUS"] == (y > 1).sum()
 
 
 class Tensor:
     "What a tensor of another library shows of itself: numbers only after `detach` and `cpu`."
-    def __init__(self, values, steps=("detach", "cpu")): self.values, self.steps = np.asarray(values, "float32"), steps
+    def __init__(self, values, steps=("detach", "cpu")):
+        self.values, self.steps = np.asarray(values, "float32"), steps
     def detach(self): return Tensor(self.values, self.steps[1:])
     def cpu(self): return Tensor(self.values, self.steps[1:])
     def __array__(self, dtype=None, copy=None):
@@ -399,13 +526,16 @@ def test_predictions_of_another_library_and_findings_with_gaps():
     g = rng(24, "tensor")
     truth = np.where(g.random((200, 3)) < .1, np.nan, g.random((200, 3)) < .3)
     p = g.random((200, 3)).astype("float32")
-    made = ev.predictions_frame(Tensor(truth), Tensor(p), names=["Effusion", "Mass", "Hernia"], patients=range(200), about={"age": [40.] * 200, "smoker": [1] * 200})
-    assert list(ev.questions(made)) == ["Effusion", "Mass", "Hernia"] and made["smoker"].sum() == 200          # a column about the patient is no finding
+    made = predictions_frame(Tensor(truth), Tensor(p), names=["Effusion", "Mass", "Hernia"],
+                             patients=range(200), about={"age": [40.0] * 200, "smoker": [1] * 200})
+    # a column about the patient is no finding
+    assert list(questions(made)) == ["Effusion", "Mass", "Hernia"] and made["smoker"].sum() == 200
     known = ~np.isnan(truth[:, 0])
-    assert abs(ev.auc(*ev.questions(made)["Effusion"]) - metrics.roc_auc_score(truth[known, 0], p[known, 0])) < 1e-6
-    alone = ev.predictions_frame(truth[:, 0], p[:, 0], names=["Effusion"], patients=range(200))
-    assert ev.report(alone, threshold=.5, times=50).html() and list(ev.questions(alone)) == ["Effusion"]
-    assert ev.evaluate(alone, times=50)["of"].unique().tolist() == ["Effusion"] and ev.report(alone, times=50).sentences
+    assert abs(auc(*questions(made)["Effusion"]) - metrics.roc_auc_score(truth[known, 0], p[known, 0])) < 1e-6
+    alone = predictions_frame(truth[:, 0], p[:, 0], names=["Effusion"], patients=range(200))
+    assert report(alone, threshold=.5, times=50).html() and list(questions(alone)) == ["Effusion"]
+    assert evaluate(alone,
+                    times=50)["of"].unique().tolist() == ["Effusion"] and report(alone, times=50).sentences
 
 
 @pytest.mark.parametrize("change, words", [
@@ -418,41 +548,51 @@ def test_predictions_of_another_library_and_findings_with_gaps():
 def test_predictions_that_cannot_be_are_refused_in_words(change, words):
     given = dict(truth=[0, 1, 0], probabilities=[.1, .9, .4], names=["N", "P"]) | change
     if np.ndim(given["truth"]) == 2: given["probabilities"] = [[.5, .5]] * 3
-    with pytest.raises(CourseError, match=words): ev.predictions_frame(given.pop("truth"), given.pop("probabilities"), **given)
+    with pytest.raises(CourseError, match=words):
+        predictions_frame(given.pop("truth"), given.pop("probabilities"), **given)
 
 
 @pytest.mark.parametrize("lacking", [["path"], ["patient", "group"], ["split"], ["height", "width"], ["path", "split", "view", "source", "height", "width"]])
 def test_frames_that_lack_columns_are_told_so_or_do_without(lacking):
     p = films().drop(columns=lacking)
     if "patient" in lacking:
-        for call in (ev.evaluate, ev.report, ev.aucs, ev.subgroups, ev.by_class, ev.errors, ev.plot_roc):
+        for call in (evaluate, report, aucs, subgroups, by_class, errors, plot_roc):
             with pytest.raises(CourseError, match="no column `patient`"): call(p)
         return
-    assert ev.report(p, threshold=.5, times=50).html()
-    with pytest.raises(CourseError, match="no usable probability"): ev.checked(p.assign(p_NORMAL=2.))
+    assert report(p, threshold=.5, times=50).html()
+    with pytest.raises(CourseError, match="no usable probability"): checked(p.assign(p_NORMAL=2.))
 
 
 def test_a_file_from_any_program(tmp_path):
     p = films()
     for sep in (",", ";", "\t"):
-        p[["path", "patient", "label", "age", "p_NORMAL", "p_PNEUMONIA"]].to_csv(tmp_path / "ours.csv", index=False, sep=sep)
-        read = ev.read_predictions(tmp_path / "ours.csv")
-        assert ev.aucs(read, times=50).equals(ev.aucs(p, times=50)) and read["age"].tolist() == p["age"].tolist()
-    theirs = pd.DataFrame(dict(pid=[f"{i:03}" for i in range(200)], dx=(p["label"] == "PNEUMONIA").astype(int), score=p["p_PNEUMONIA"]))
+        p[["path", "patient", "label", "age", "p_NORMAL",
+           "p_PNEUMONIA"]].to_csv(tmp_path / "ours.csv", index=False, sep=sep)
+        read = read_predictions(tmp_path / "ours.csv")
+        assert aucs(read, times=50).equals(aucs(p, times=50)) and read["age"].tolist() == p["age"].tolist()
+    theirs = pd.DataFrame(dict(pid=[f"{i:03}" for i in range(200)],
+                               dx=(p["label"] == "PNEUMONIA").astype(int), score=p["p_PNEUMONIA"]))
     theirs.to_csv(tmp_path / "theirs.csv", index=False)
-    words = dict(names=["NORMAL", "PNEUMONIA"], columns={"pid": "patient", "dx": "label", "score": "p_PNEUMONIA"})
-    read = ev.read_predictions(tmp_path / "theirs.csv", **words)
-    assert read["patient"].iloc[7] == "007" and abs(ev.macro_auc(read) - ev.macro_auc(p)) < 1e-12
+    words = dict(names=["NORMAL", "PNEUMONIA"], columns={"pid": "patient", "dx": "label",
+                                                         "score": "p_PNEUMONIA"})
+    read = read_predictions(tmp_path / "theirs.csv", **words)
+    assert read["patient"].iloc[7] == "007" and abs(macro_auc(read) - macro_auc(p)) < 1e-12
     many = films(kind="many")
-    many[["path", "patient", "Effusion", "Mass", "p_Effusion", "p_Mass"]].to_csv(tmp_path / "many.csv", index=False)
-    read = ev.read_predictions(tmp_path / "many.csv")
-    assert list(ev.questions(read)) == ["Effusion", "Mass"] and read["Mass"].isna().sum() == many["Mass"].isna().sum()
-    for name, change, match in (("theirs.csv", dict(columns=None), "probability for every name"), ("theirs.csv", dict(columns={"score": "p_PNEUMONIA"}), "does not give the truth"), ("none.csv", {}, "cannot be read")):
-        with pytest.raises(CourseError, match=match): ev.read_predictions(tmp_path / name, **words | change)
+    many[["path", "patient", "Effusion", "Mass", "p_Effusion",
+          "p_Mass"]].to_csv(tmp_path / "many.csv", index=False)
+    read = read_predictions(tmp_path / "many.csv")
+    assert list(questions(read)) == ["Effusion",
+                                     "Mass"] and read["Mass"].isna().sum() == many["Mass"].isna().sum()
+    for name, change, match in (
+        ("theirs.csv", dict(columns=None), "probability for every name"),
+        ("theirs.csv", dict(columns={"score": "p_PNEUMONIA"}), "does not give the truth"),
+        ("none.csv", {}, "cannot be read"),
+    ):
+        with pytest.raises(CourseError, match=match): read_predictions(tmp_path / name, **words | change)
     (tmp_path / "empty.csv").write_text("")
     (tmp_path / "image.csv").write_bytes(b"\x89PNG\r\n\x1a\n\x00\xff\xfe")
     for name in ("empty.csv", "image.csv"):
-        with pytest.raises(CourseError): ev.read_predictions(tmp_path / name)
+        with pytest.raises(CourseError): read_predictions(tmp_path / name)
 
 
 def test_statistics_know_nothing_of_evaluation_and_evaluation_nothing_of_networks():

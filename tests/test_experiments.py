@@ -5,52 +5,58 @@ from dataclasses import replace
 import pytest
 
 pytest.importorskip("keras")
-from cxr_course import data, experiments, splits, training
 from cxr_course.core import CourseError
-from cxr_course.experiments import Experiment, after
+from cxr_course.data.loading import load
+from cxr_course.data.splits import hold_out
+from cxr_course.training import fit as fit_module
+from cxr_course.training.experiments import Experiment, changed, run_experiments
+from cxr_course.training.results import collect_runs, paired_differences
 
 START = Experiment("start", model="cnn", shape=(32, 32), options=dict(epochs=1))
-CHAIN = [START, after(START, "smooth", "label smoothing", options=dict(smoothing=.1))]
+CHAIN = [START, changed(START, "smooth", "label smoothing", options=dict(smoothing=.1))]
 
 
 @pytest.fixture(scope="module")
-def images(): return splits.hold_out(data.load("sample", classes=3), fraction=.3, seed=0)
+def images(): return hold_out(load("sample", classes=3), fraction=.3, seed=0)
 
 
 @pytest.fixture(scope="module")
 def folder(images, tmp_path_factory):
     place = tmp_path_factory.mktemp("experiments")
-    done, fit = [], training.fit
+    done, fit = [], fit_module.fit
 
     def killed(*args, **kwargs):
         if len(done) == 1: raise MemoryError("killed")
         done.append(kwargs["run"])
         return fit(*args, **kwargs)
-    training.fit = killed
+    fit_module.fit = killed
     try:
-        with pytest.raises(MemoryError): experiments.run(CHAIN, images, place, seeds=[0])
-    finally: training.fit = fit
+        with pytest.raises(MemoryError): run_experiments(CHAIN, images, place, seeds=[0])
+    finally: fit_module.fit = fit
     assert len(list(place.glob("*/seed-*/card.json"))) == 1
-    return experiments.run(CHAIN, images, place, seeds=[0])
+    return run_experiments(CHAIN, images, place, seeds=[0])
 
 
 def test_a_killed_list_goes_on(folder, images):
-    runs = experiments.collect(folder)
-    assert runs["experiment"].tolist() == ["start", "smooth"] and runs["change"].tolist() == ["the start", "label smoothing"]
-    assert experiments.differences(folder)["parent"].tolist() == ["start"]
+    runs = collect_runs(folder)
+    assert runs["experiment"].tolist() == ["start", "smooth"] and runs["change"].tolist() == [
+        "the start", "label smoothing",
+    ]
+    assert paired_differences(folder)["parent"].tolist() == ["start"]
 
 
 def test_other_films_and_changed_experiments_are_refused(folder, images):
-    with pytest.raises(CourseError, match="other images"): experiments.run(CHAIN, images.iloc[:-1], folder)
-    with pytest.raises(CourseError, match="has changed since"): experiments.run([replace(START, model="a1")], images, folder)
+    with pytest.raises(CourseError, match="other images"): run_experiments(CHAIN, images.iloc[:-1], folder)
+    with pytest.raises(CourseError, match="has changed since"):
+        run_experiments([replace(START, model="a1")], images, folder)
     assert set(json.loads((folder / "experiments.json").read_text())["experiments"]) == {"start", "smooth"}
 
 
 def test_no_experiments_there(tmp_path):
-    with pytest.raises(CourseError, match="no experiments"): experiments.collect(tmp_path)
+    with pytest.raises(CourseError, match="no experiments"): collect_runs(tmp_path)
 
 
 def test_no_common_seed(folder, images):
-    other = after(CHAIN[1], "other", "smoother still", options=dict(smoothing=.2))
-    experiments.run([other], images, folder, seeds=[1])
-    with pytest.raises(CourseError, match="no seed in common"): experiments.differences(folder)
+    other = changed(CHAIN[1], "other", "smoother still", options=dict(smoothing=.2))
+    run_experiments([other], images, folder, seeds=[1])
+    with pytest.raises(CourseError, match="no seed in common"): paired_differences(folder)

@@ -13,10 +13,18 @@ from matplotlib.figure import Figure
 from PIL import Image
 from scipy.stats import binomtest
 
-from cxr_course import exploration as ex
-from cxr_course import exploration_page, shortcut_search
-from cxr_course.core import CourseError, frame, regroup, rng
-from cxr_course.data import load
+from cxr_course.core import CourseError, rng
+from cxr_course.data import shortcuts as shortcuts_module
+from cxr_course.data import exploration_page as exploration_page_module
+from cxr_course.data.exploration import cooccurrence, counts, glance, prevalence, shares, target_of
+from cxr_course.data.exploration_page import overview
+from cxr_course.data.exploration_plots import (
+    plot_cooccurrence, plot_counts, plot_patients, plot_prevalence, plot_shares, plot_shortcuts,
+)
+from cxr_course.data.image_plots import plot_average, plot_brightness, plot_sizes, show_classes
+from cxr_course.data.loading import load
+from cxr_course.data.shortcuts import shortcuts, widened_interval
+from cxr_course.frame import make_frame, regroup
 
 
 def people(n=120, seed=0, **columns):
@@ -24,7 +32,10 @@ def people(n=120, seed=0, **columns):
     g = rng("people", seed)
     who = np.repeat(np.arange(n), g.integers(1, 5, n))
     label = np.where(g.random(n) < .5, "ill", "healthy")[who]
-    return frame(pd.DataFrame(dict(path=[f"{i}.png" for i in range(len(who))], patient=[f"p{w}" for w in who], split="train", label=label, **{k: f(g, label, who) for k, f in columns.items()})), ["healthy", "ill"])
+    return make_frame(pd.DataFrame(dict(path=[f"{i}.png" for i in range(len(who))],
+                                        patient=[f"p{w}" for w in who], split="train", label=label,
+                                        **{k: f(g, label, who) for k, f in columns.items()})),
+                      ["healthy", "ill"])
 
 
 @pytest.fixture
@@ -35,108 +46,130 @@ def drawn(tmp_path):
         x = rng("drawn", i).integers(60, 190, (40, 48)).astype(np.uint8)
         if i % 2: x[1:6, 1:6] = 255
         Image.fromarray(x).save(tmp_path / f"{i}.png")
-        rows.append(dict(path=str(tmp_path / f"{i}.png"), patient=f"p{i}", split=("train", "test")[i % 4 == 0], label=("ok", "ill")[i % 2], height=40, width=48))
-    return frame(rows, ["ok", "ill"])
+        rows.append(dict(path=str(tmp_path / f"{i}.png"), patient=f"p{i}",
+                         split=("train", "test")[i % 4 == 0], label=("ok", "ill")[i % 2], height=40,
+                         width=48))
+    return make_frame(rows, ["ok", "ill"])
 
 
 def single(y, copies=1):
     "A frame of findings: y by patient, each patient's image so many times."
-    return frame([dict(path=f"{i}-{k}.png", patient=str(i), A=float(v)) for i, v in enumerate(y) for k in range(copies)], findings=["A"])
+    return make_frame([dict(path=f"{i}-{k}.png", patient=str(i), A=float(v)) for i, v in enumerate(y)
+                       for k in range(copies)], findings=["A"])
 
 
 @pytest.mark.parametrize("k, n", [(0, 40), (1, 7), (20, 40), (40, 40), (3, 300)])
 def test_prevalence_is_wilson_when_every_patient_has_one_film(k, n):
     want = binomtest(k, n).proportion_ci(method="wilson")
-    got = ex.prevalence(single([1] * k + [0] * (n - k))).iloc[0]
-    assert got["share"] == k / n and np.allclose(got[["low", "high"]].astype(float), (want.low, want.high), atol=.03 if n < 10 else .01)
+    got = prevalence(single([1] * k + [0] * (n - k))).iloc[0]
+    assert got["share"] == k / n and np.allclose(got[["low", "high"]].astype(float), (want.low, want.high),
+                                                 atol=0.03 if n < 10 else 0.01)
 
 
 def test_a_film_copied_ten_times_teaches_nothing_new():
     y = np.arange(60) < 12
-    once, often = (ex.prevalence(single(y, copies))[["share", "low", "high"]].to_numpy(float) for copies in (1, 10))
+    once, often = (prevalence(single(y, copies))[["share", "low", "high"]].to_numpy(float)
+                   for copies in (1, 10))
     assert np.allclose(once, often, atol=.005)
-    unknown = frame(single(y).assign(B=None), findings=["A", "B"])
-    assert ex.prevalence(unknown).loc[1, ["share", "low", "high"]].isna().all()
+    unknown = make_frame(single(y).assign(B=None), findings=["A", "B"])
+    assert prevalence(unknown).loc[1, ["share", "low", "high"]].isna().all()
 
 
 def test_nobody_has_it_and_patients_count_once():
     "Forty images of ten patients, none positive: the interval must be that of ten, not of forty."
-    few, many = (ex.prevalence(single(np.zeros(10), copies)).loc[0, "high"] for copies in (4, 1))
+    few, many = (prevalence(single(np.zeros(10), copies)).loc[0, "high"] for copies in (4, 1))
     assert few == pytest.approx(many, abs=.03) and few > .25
 
 
 def test_the_interval_is_widened_by_nadeau_and_bengio():
     again = np.r_[np.linspace(.5, .8, 301), np.nan]
-    low, high = shortcut_search.widened_interval(.65, again)
-    assert (low, high) == pytest.approx((.65 - 1.5 * .1425, .65 + 1.5 * .1425))                    # (1/5 + 1/4) / (1/5) = 1.5 squared
-    assert shortcut_search.widened_interval(.9, again + .25) == pytest.approx((.9 - 1.5 * .1425, 1))
+    low, high = widened_interval(.65, again)
+    # (1/5 + 1/4) / (1/5) = 1.5 squared
+    assert (low, high) == pytest.approx((.65 - 1.5 * .1425, .65 + 1.5 * .1425))
+    assert widened_interval(.9, again + .25) == pytest.approx((.9 - 1.5 * .1425, 1))
     factor = np.sqrt((1 / 10 + 1 / 9) * 10)
-    assert shortcut_search.widened_interval(.65, again, folds=10)[0] == pytest.approx(.65 - factor * .1425)
+    assert widened_interval(.65, again, folds=10)[0] == pytest.approx(.65 - factor * .1425)
 
 
 def test_the_interval_of_a_shortcut_is_the_widened_one(monkeypatch):
     f = people(60, age=lambda g, y, w: g.uniform(1, 6, w.max() + 1)[w])
-    wide = ex.shortcuts(f).iloc[0]
-    monkeypatch.setattr(shortcut_search, "widened_interval", lambda value, again, **k: np.percentile(again, [2.5, 97.5]))
-    plain = ex.shortcuts(f).iloc[0]
-    assert (wide[["low", "high"]] - wide["auc"]).to_numpy(float) == pytest.approx(1.5 * (plain[["low", "high"]] - plain["auc"]).to_numpy(float))
+    wide = shortcuts(f).iloc[0]
+    monkeypatch.setattr(shortcuts_module, "widened_interval", lambda value, again,
+                        **k: np.percentile(again, [2.5, 97.5]))
+    plain = shortcuts(f).iloc[0]
+    assert (wide[["low", "high"]] - wide["auc"]).to_numpy(float) == pytest.approx(
+        1.5 * (plain[["low", "high"]] - plain["auc"]).to_numpy(float)
+    )
 
 
 def test_counts_with_unknown_labels_splits_and_patients():
     f = people(10)
     f.loc[0, ["label", "split", "patient"]] = None
     f = regroup(f, "image")
-    n = ex.counts(f)
+    n = counts(f)
     assert n.loc["no split", ["healthy", "ill", "films", "patients", "nobody"]].tolist() == [0, 0, 1, 0, 1]
     assert n.loc["all", "films"] == len(f) and n.loc["all", ["healthy", "ill"]].sum() == len(f) - 1
-    assert ex.prevalence(f)["films"].tolist() == [len(f) - 1] * 2
+    assert prevalence(f)["films"].tolist() == [len(f) - 1] * 2
 
 
 def test_findings_keep_their_unknowns():
-    f = frame([dict(path=f"{i}.png", patient=str(i), A=a, B=b) for i, (a, b) in enumerate([(1, 1), (1, np.nan), (0, 1), (np.nan, 0), (0, 0)])], findings=["A", "B"])
-    assert ex.cooccurrence(f).to_numpy().tolist() == [[2, 1], [1, 2]]
-    assert ex.prevalence(f)[["films", "positive"]].to_numpy().tolist() == [[4, 2], [4, 2]]
-    assert ex.target_of(f)[0].tolist()[:3] == [1, 1, 1] and np.isnan(ex.target_of(f)[0][3]) and ex.target_of(f)[0][4] == 0
-    assert ex.shares(f.assign(view=["PA", "PA", "AP", "AP", None]), "view")["value"].tolist() == ["PA", "AP", "missing"]
+    f = make_frame([dict(path=f"{i}.png", patient=str(i), A=a, B=b) for i,
+                    (a, b) in enumerate([(1, 1), (1, np.nan), (0, 1), (np.nan, 0), (0, 0)])],
+                   findings=["A", "B"])
+    assert cooccurrence(f).to_numpy().tolist() == [[2, 1], [1, 2]]
+    assert prevalence(f)[["films", "positive"]].to_numpy().tolist() == [[4, 2], [4, 2]]
+    assert target_of(f)[0].tolist()[:3] == [1, 1,
+                                            1] and np.isnan(target_of(f)[0][3]) and target_of(f)[0][4] == 0
+    assert shares(f.assign(view=["PA", "PA", "AP", "AP", None]),
+                  "view")["value"].tolist() == ["PA", "AP", "missing"]
 
 
 def test_unknown_words_are_refused():
-    with pytest.raises(CourseError, match="unknown class or finding 'TB'"): ex.shortcuts(people(20), target="TB")
-    with pytest.raises(CourseError, match="no column 'ward'"): ex.shares(people(20), "ward")
-    with pytest.raises(CourseError, match="nothing to try"): ex.shortcuts(people(40))
-    with pytest.raises(CourseError, match="no image of this frame has a size"): ex.plot_sizes(people(20))
-    with pytest.raises(CourseError, match="have no patient"): ex.shortcuts(regroup(people(40).assign(patient=None, age=3.)))
+    with pytest.raises(CourseError, match="unknown class or finding 'TB'"): shortcuts(people(20), target="TB")
+    with pytest.raises(CourseError, match="no column 'ward'"): shares(people(20), "ward")
+    with pytest.raises(CourseError, match="nothing to try"): shortcuts(people(40))
+    with pytest.raises(CourseError, match="no image of this frame has a size"): plot_sizes(people(20))
+    with pytest.raises(CourseError, match="have no patient"):
+        shortcuts(regroup(people(40).assign(patient=None, age=3.)))
 
 
 def test_finds_a_tied_source_and_a_tied_age_and_nothing_else():
-    f = people(150, source=lambda g, y, w: np.where((y == "ill") ^ (g.random(len(y)) < .1), "X", "Y"), age=lambda g, y, w: (g.uniform(2, 5, w.max() + 1)[w] + 3 * (y == "ill")).round(1),
-               view=lambda g, y, w: g.choice(["AP", "PA"], len(y)), height=lambda g, y, w: g.integers(200, 300, len(y)), width=lambda g, y, w: g.integers(200, 300, len(y)))
-    t = ex.shortcuts(f).set_index("shortcut")
-    assert t["suspicious"].to_dict() == {"age": True, "source": True, "view": False, "size": False, "aspect": False}
-    assert t.loc["source", "verdict"].startswith("Suspicious") and t.loc["view", "verdict"].startswith("Quiet")
+    f = people(150, source=lambda g, y, w: np.where((y == "ill") ^ (g.random(len(y)) < 0.1), "X", "Y"),
+               age=lambda g, y, w: (g.uniform(2, 5, w.max() + 1)[w] + 3 * (y == "ill")).round(1),
+               view=lambda g, y, w: g.choice(["AP", "PA"], len(y)), height=lambda g, y,
+               w: g.integers(200, 300, len(y)), width=lambda g, y, w: g.integers(200, 300, len(y)))
+    t = shortcuts(f).set_index("shortcut")
+    assert t["suspicious"].to_dict() == {"age": True, "source": True, "view": False, "size": False,
+                                         "aspect": False}
+    assert t.loc["source",
+                 "verdict"].startswith("Suspicious") and t.loc["view", "verdict"].startswith("Quiet")
     assert .85 < t.loc["source", "auc"] < .95
 
 
 def test_rarely_cries_wolf():
-    noise = dict(age=lambda g, y, w: g.uniform(1, 6, w.max() + 1)[w], height=lambda g, y, w: g.integers(200, 300, w.max() + 1)[w], width=lambda g, y, w: g.integers(200, 300, w.max() + 1)[w], sex=lambda g, y, w: g.choice(["F", "M"], w.max() + 1)[w])
-    t = pd.concat([ex.shortcuts(people(80, seed=i, **noise)) for i in range(12)])
+    noise = dict(age=lambda g, y, w: g.uniform(1, 6, w.max() + 1)[w], height=lambda g, y,
+                 w: g.integers(200, 300, w.max() + 1)[w], width=lambda g, y,
+                 w: g.integers(200, 300, w.max() + 1)[w], sex=lambda g, y,
+                 w: g.choice(["F", "M"], w.max() + 1)[w])
+    t = pd.concat([shortcuts(people(80, seed=i, **noise)) for i in range(12)])
     assert t["suspicious"].mean() <= .05 and ((t["low"] <= .5) & (t["high"] >= .5)).mean() > .85
 
 
 def test_unknown_age_is_a_witness_too():
     f = people(100, age=lambda g, y, w: np.where(y == "ill", g.uniform(20, 60, len(y)), np.nan))
-    assert ex.shortcuts(f).set_index("shortcut").loc["age", "auc"] > .99
+    assert shortcuts(f).set_index("shortcut").loc["age", "auc"] > .99
 
 
 def test_the_same_answer_twice_and_with_any_number_of_threads(drawn):
-    a, b = ex.glance(drawn, workers=1), ex.glance(drawn, workers=4)
-    assert all(np.array_equal(getattr(a, k), getattr(b, k)) for k in ("mean", "grain", "hist", "corners", "border", "small"))
-    pd.testing.assert_frame_equal(ex.shortcuts(drawn, a), ex.shortcuts(drawn, b))
-    assert ex.shortcuts(drawn, a).set_index("shortcut").loc["corners", "suspicious"]
+    a, b = glance(drawn, workers=1), glance(drawn, workers=4)
+    assert all(np.array_equal(getattr(a, k), getattr(b, k))
+               for k in ("mean", "grain", "hist", "corners", "border", "small"))
+    pd.testing.assert_frame_equal(shortcuts(drawn, a), shortcuts(drawn, b))
+    assert shortcuts(drawn, a).set_index("shortcut").loc["corners", "suspicious"]
 
 
 def test_glances_follow_the_frame(drawn):
-    g, some = ex.glance(drawn), drawn.sample(30, random_state=1)
+    g, some = glance(drawn), drawn.sample(30, random_state=1)
     assert list(g.of(some).path) == some["path"].tolist()
     assert len(g.of(pd.concat([some, some]))) == 60
     assert g.corners[1, 0].max() > g.corners[0, 0].max() == g.corners[0].max() or g.corners[1, 0].max() > 220
@@ -148,98 +181,137 @@ def test_reads_what_chapter_02_opens(tmp_path, how):
     im, path = Image.fromarray(x), tmp_path / "a.png"
     if how == "dicom":
         pydicom = pytest.importorskip("pydicom")
-        from cxr_course.phantom import world, write
-        path = sorted(write(world(2, films=(2, 2), pixels=64), tmp_path / "d", "dicom").rglob("*.dcm"))[1]
+        from cxr_course.phantom.files import write_dataset
+        from cxr_course.phantom.world import population
+        path = sorted(write_dataset(population(2, films=(2, 2), pixels=64), tmp_path / "d",
+                                    "dicom").rglob("*.dcm"))[1]
         assert pydicom.dcmread(path).PhotometricInterpretation == "MONOCHROME1"
-        seen = ex.glance(pd.DataFrame({"path": [str(path)]}))
+        seen = glance(pd.DataFrame({"path": [str(path)]}))
         assert seen.small[0][24, 24] > seen.small[0][24, 12]                       # spine brighter than lung
         return
-    {"16 bit": lambda: Image.fromarray(x.astype(np.uint16) * 257), "colour": lambda: im.convert("RGB"), "alpha": lambda: im.convert("RGBA"), "palette": lambda: im.convert("P"), "one pixel": lambda: im.resize((1, 1))}.get(how, lambda: im)().save(path)
-    assert ex.glance(pd.DataFrame({"path": [str(path)]})).mean[0] == pytest.approx(.5, abs=.02)
+    {"16 bit": lambda: Image.fromarray(x.astype(np.uint16) * 257), "colour": lambda: im.convert("RGB"),
+     "alpha": lambda: im.convert("RGBA"), "palette": lambda: im.convert("P"),
+     "one pixel": lambda: im.resize((1, 1))}.get(how, lambda: im)().save(path)
+    assert glance(pd.DataFrame({"path": [str(path)]})).mean[0] == pytest.approx(.5, abs=.02)
 
 
 def test_a_damaged_film_is_named_or_skipped(drawn, tmp_path):
     Path(drawn["path"][3]).write_bytes(Path(drawn["path"][3]).read_bytes()[:60])
-    with pytest.raises(CourseError, match="3.png"): ex.glance(drawn)
-    g = ex.glance(drawn, skip_bad=True)
-    assert np.isnan(g.mean[3]) and ex.shortcuts(drawn, g)["films"].eq(79).all()
-    with pytest.raises(CourseError, match="3.png"): ex.overview(drawn, tmp_path / "page")
+    with pytest.raises(CourseError, match="3.png"): glance(drawn)
+    g = glance(drawn, skip_bad=True)
+    assert np.isnan(g.mean[3]) and shortcuts(drawn, g)["films"].eq(79).all()
+    with pytest.raises(CourseError, match="3.png"): overview(drawn, tmp_path / "page")
     assert not [p for p in tmp_path.iterdir() if "page" in p.name]
 
 
 def test_every_plot_is_a_figure_and_none_is_left_open(drawn):
     import matplotlib.pyplot as plt
-    g, before = ex.glance(drawn), len(plt.get_fignums())
-    both = frame(drawn.drop(columns="label").assign(Edema=(drawn["label"] == "ill").astype(float), Mass=0.), findings=["Edema", "Mass"])
-    found = ex.shortcuts(drawn, g)
-    figures = [ex.plot_counts(drawn), ex.plot_counts(both), ex.plot_patients(drawn), ex.plot_prevalence(ex.prevalence(both)), ex.plot_cooccurrence(both), ex.plot_sizes(drawn), ex.plot_sizes(both, by=["split"]),
-               ex.plot_brightness(both, g), ex.plot_shares(drawn.assign(view=["AP", "PA"] * 40)), ex.plot_shortcuts(found), ex.plot_shortcuts({"a": found, "b": found})]
+    g, before = glance(drawn), len(plt.get_fignums())
+    both = make_frame(drawn.drop(columns="label").assign(Edema=(drawn["label"] == "ill").astype(float),
+                                                         Mass=0.0), findings=["Edema", "Mass"])
+    found = shortcuts(drawn, g)
+    figures = [plot_counts(drawn), plot_counts(both), plot_patients(drawn), plot_prevalence(prevalence(both)),
+               plot_cooccurrence(both), plot_sizes(drawn), plot_sizes(both, by=["split"]),
+               plot_brightness(both, g), plot_shares(drawn.assign(view=["AP", "PA"] * 40)),
+               plot_shortcuts(found), plot_shortcuts({"a": found, "b": found})]
     assert all(isinstance(f, Figure) for f in figures) and len(plt.get_fignums()) == before
-    assert all(ax.get_xlabel() or ax.get_ylabel() or ax.get_title(loc="left") for f in figures for ax in f.axes)
-    assert ex.plot_average(drawn, g)._repr_jpeg_() and ex.show_classes(drawn, each=2)._repr_jpeg_()
+    assert all(ax.get_xlabel() or ax.get_ylabel() or ax.get_title(loc="left") for f in figures
+               for ax in f.axes)
+    assert plot_average(drawn, g)._repr_jpeg_() and show_classes(drawn, each=2)._repr_jpeg_()
 
 
 def test_the_page_needs_nothing_but_itself(drawn, tmp_path):
-    page = ex.overview(drawn.assign(view=["AP", "PA"] * 40), tmp_path / "page", title="Eighty <b> films")
+    page = overview(drawn.assign(view=["AP", "PA"] * 40), tmp_path / "page", title="Eighty <b> films")
     text = page.read_text(encoding="utf-8")
-    assert re.findall(r"(?:src|href)='(?!data:)", text) == [] and "prefers-color-scheme:dark" in text and "Eighty &lt;b&gt; films" in text
-    assert "class='alarm'" in text and "corner patches" in text and text.count("<figure>") == text.count("<h2>") >= 8
+    assert re.findall(r"(?:src|href)='(?!data:)",
+                      text) == [] and "prefers-color-scheme:dark" in text and "Eighty &lt;b&gt; films" in text
+    assert (
+        "class='alarm'" in text
+        and "corner patches" in text
+        and text.count("<figure>") == text.count("<h2>") >= 8
+    )
     assert pd.read_csv(page.parent / "shortcuts.csv").set_index("shortcut").loc["corners", "suspicious"]
-    with pytest.raises(CourseError, match="never overwritten"): ex.overview(drawn, tmp_path / "page")
+    with pytest.raises(CourseError, match="never overwritten"): overview(drawn, tmp_path / "page")
 
 
 def test_the_page_says_when_nobody_is_known(drawn, tmp_path):
-    text = ex.overview(frame(drawn.assign(patient=None, group=None)), tmp_path / "page").read_text(encoding="utf-8")
+    text = overview(make_frame(drawn.assign(patient=None, group=None)),
+                    tmp_path / "page").read_text(encoding="utf-8")
     assert "or else the image, counts as one" in text and "80 images without one" in text
-    few = ex.overview(drawn.head(6), tmp_path / "few").read_text(encoding="utf-8")
+    few = overview(drawn.head(6), tmp_path / "few").read_text(encoding="utf-8")
     assert "No search for shortcuts: too few patients" in few
 
 
 def test_a_killed_page_leaves_nothing(drawn, tmp_path, monkeypatch):
-    monkeypatch.setattr(exploration_page, "plot_average", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
-    with pytest.raises(KeyboardInterrupt): ex.overview(drawn, tmp_path / "page")
+    monkeypatch.setattr(exploration_page_module, "plot_average",
+                        lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt): overview(drawn, tmp_path / "page")
     assert not [p for p in tmp_path.iterdir() if "page" in p.name]
 
 
 def test_only_an_impossible_search_leaves_a_page_without_shortcuts(drawn, tmp_path, monkeypatch):
     "Any other error, a CourseError too, is told and not hidden in a footnote of the page."
-    with pytest.raises(CourseError, match="unknown class or finding 'TB'"): ex.overview(drawn, tmp_path / "a", pixels=False, target="TB")
+    with pytest.raises(CourseError, match="unknown class or finding 'TB'"):
+        overview(drawn, tmp_path / "a", pixels=False, target="TB")
     def wrong(*a): raise CourseError("a mistake of ours")
-    monkeypatch.setattr(exploration_page, "shortcuts", wrong)
-    with pytest.raises(CourseError, match="a mistake of ours"): ex.overview(drawn, tmp_path / "b", pixels=False)
+    monkeypatch.setattr(exploration_page_module, "shortcuts", wrong)
+    with pytest.raises(CourseError, match="a mistake of ours"): overview(drawn, tmp_path / "b", pixels=False)
     assert not [p for p in tmp_path.iterdir() if p.suffix != ".png"]
 
 
 def test_columns_beside_the_findings_are_no_findings():
-    rows = [dict(path=f"{i}.png", patient=str(i), Effusion=i % 2, smoker=i % 3 == 0, pacemaker=0, weight=50 + i) for i in range(40)]
-    f = frame(rows, findings=["Effusion"])
-    assert list(ex.prevalence(f)["finding"]) == ["Effusion"] and list(ex.cooccurrence(f)) == ["Effusion"]
-    assert ex.counts(f).columns.tolist() == ["Effusion", "films", "patients", "nobody"] and ex.shares(f, "weight")["films"].sum() == 40
+    rows = [dict(path=f"{i}.png", patient=str(i), Effusion=i % 2, smoker=i % 3 == 0, pacemaker=0,
+                 weight=50 + i) for i in range(40)]
+    f = make_frame(rows, findings=["Effusion"])
+    assert list(prevalence(f)["finding"]) == ["Effusion"] and list(cooccurrence(f)) == ["Effusion"]
+    assert counts(f).columns.tolist() == ["Effusion", "films", "patients",
+                                          "nobody"] and shares(f, "weight")["films"].sum() == 40
 
 
 def test_importing_is_light():
-    done = subprocess.run([sys.executable, "-c", "import sys, cxr_course.exploration; print({m.split('.')[0] for m in sys.modules} & {'tensorflow', 'sklearn', 'matplotlib', 'joblib'})"], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c",
+                           "import sys, cxr_course.exploration; print({m.split('.')[0] for m "
+                           "in sys.modules} & {'tensorflow', 'sklearn', 'matplotlib', 'joblib'})"],
+                          capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
 
 
 def test_real_size_shortcut(real_data):
     f = load(real_data / "kaggle_full_size" / "chest_xray", unknown="image")
-    t = ex.shortcuts(f, ex.glance(f)).set_index("shortcut")
-    assert t.loc["size", "suspicious"] and t.loc["size", "auc"] > .85 and abs((f["height"] / f["width"]).mean() - .72) < .02
+    t = shortcuts(f, glance(f)).set_index("shortcut")
+    assert (
+        t.loc["size", "suspicious"]
+        and t.loc["size", "auc"] > 0.85
+        and abs((f["height"] / f["width"]).mean() - 0.72) < 0.02
+    )
 
 
 def test_real_children_among_adults(real_data):
     root = real_data / "covid_qu_ex_layout"
     adults = load(root, classes=2)
     adults = adults.loc[adults["label"] == "Normal", "path"].tolist()
-    f = frame([dict(path=str(p), label="child") for p in sorted((root / "confound_paediatric_normals").glob("*.png"))] + [dict(path=p, label="other") for p in adults], ["other", "child"], unknown="image")
-    t = ex.shortcuts(f, ex.glance(f)).set_index("shortcut")
+    f = make_frame(
+        [
+            dict(path=str(p), label="child")
+            for p in sorted((root / "confound_paediatric_normals").glob("*.png"))
+        ]
+        + [dict(path=p, label="other") for p in adults],
+        ["other", "child"],
+        unknown="image",
+    )
+    t = shortcuts(f, glance(f)).set_index("shortcut")
     assert t.loc[["grain", "border", "corners"], "suspicious"].all() and t.loc["border", "auc"] > .95
 
 
 def test_the_whole_label_table_in_seconds(real_data):
     f = load(real_data / "nih" / "labels" / "Data_Entry_2017_v2020.csv.gz")
     start = time.perf_counter()
-    p, n = ex.prevalence(f).set_index("finding"), ex.cooccurrence(f)
-    assert time.perf_counter() - start < 10 and len(f) == 112120 and p.loc["Pneumonia", "positive"] == n.loc["Pneumonia", "Pneumonia"] == 1431
-    assert ex.shortcuts(f, target="Edema").set_index("shortcut").loc["view", "auc"] == pytest.approx(.744, abs=.02)
+    p, n = prevalence(f).set_index("finding"), cooccurrence(f)
+    assert (
+        time.perf_counter() - start < 10
+        and len(f) == 112120
+        and p.loc["Pneumonia", "positive"] == n.loc["Pneumonia", "Pneumonia"] == 1431
+    )
+    assert shortcuts(f,
+                     target="Edema").set_index("shortcut").loc["view",
+                                                               "auc"] == pytest.approx(0.744, abs=0.02)

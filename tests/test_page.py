@@ -5,8 +5,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from cxr_course.core import CourseError, show_films
+from cxr_course.core import CourseError
 from cxr_course.page import embed, page, table_html
+from cxr_course.show import show_images
 
 
 @pytest.fixture
@@ -29,7 +30,7 @@ def test_words_are_escaped_and_html_is_not():
 
 
 def test_figures_lie_inside(figure):
-    plot, sheet = embed(figure, 'a "plot"'), embed(show_films([np.zeros((8, 8))]), "an image")
+    plot, sheet = embed(figure, 'a "plot"'), embed(show_images([np.zeros((8, 8))]), "an image")
     assert (
         "data:image/png" in plot
         and "a &#34;plot&#34;" in plot.replace("&quot;", "&#34;")

@@ -15,8 +15,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cxr_course import core, pipelines, ray_engine, scaling
-from cxr_course.core import CourseError
+from cxr_course.core import CourseError, rng
+from cxr_course.data.building import build_store
+from cxr_course.frame import make_frame
+from cxr_course.scale import engine as engine_module
+from cxr_course.scale.engine import (
+    _in_words, _refuse_unequal, _would_recur, distributed_train, import_ray, launch, ray_session, stamp,
+)
+from cxr_course.scale.work import amdahl, distributed_decode, distributed_search
 
 HAVE_RAY = find_spec("ray") is not None
 needs_ray = pytest.mark.skipif(not HAVE_RAY, reason='Ray is not installed: pip install "cxr-course[scale]"')
@@ -26,7 +32,7 @@ pytestmark = pytest.mark.xdist_group("scaling")                       # one engi
 def world(folder, n=40, side=24):
     "Noisy images of n / 2 patients; the sick ones have a bright corner."
     folder.mkdir(exist_ok=True)
-    rows, draw = [], core.rng("scaling")
+    rows, draw = [], rng("scaling")
     for i in range(n):
         sick, split = i % 4 < 2, ("train", "train", "train", "val", "test")[i // 2 % 5]
         image = draw.uniform(0, .6, (side, side))
@@ -34,13 +40,14 @@ def world(folder, n=40, side=24):
         file = folder / f"{i}.png"
         if not file.exists(): Image.fromarray((image * 255).astype("uint8")).save(file)
         rows.append(dict(path=str(file), patient=f"0{i // 2}", split=split, label="ILL" if sick else "WELL"))
-    return core.frame(rows, labels=["WELL", "ILL"])
+    return make_frame(rows, labels=["WELL", "ILL"])
 
 
 @pytest.fixture(scope="module")
 def ray():
-    with ray_engine.ray_session(workers=2) as found:
-        found.cloudpickle.register_pickle_by_value(sys.modules[__name__])     # the workers cannot import this file
+    with ray_session(workers=2) as found:
+        # the workers cannot import this file
+        found.cloudpickle.register_pickle_by_value(sys.modules[__name__])
         yield found
 
 
@@ -59,10 +66,12 @@ SCRIPT = """
 
 
 def fit(folder, name, **options):
-    from cxr_course import cnn, training
-    store = pipelines.build(world(folder / "png"), (24, 24), folder=folder / "store")
-    model = cnn.build(cnn.Spec((4, 8), (8,), l2=.001), (24, 24, 1), seed=3)
-    return training.fit(model, store, run=folder / name, **(dict(epochs=3, batch=7, lr=1e-2, seed=3) | options))
+    from cxr_course.models.cnn import CNNSpec, build_cnn
+    from cxr_course.training import fit as fit_module
+    store = build_store(world(folder / "png"), (24, 24), folder=folder / "store")
+    model = build_cnn(CNNSpec((4, 8), (8,), l2=.001), (24, 24, 1), seed=3)
+    return fit_module.fit(model, store, run=folder / name,
+                          **(dict(epochs=3, batch=7, lr=1e-2, seed=3) | options))
 
 
 def team_job(folder):
@@ -84,7 +93,8 @@ def team_job(folder):
         if me == 1 and not fate.exists(): threading.Thread(target=lightning, daemon=True).start()
         run = fit(folder, "team", strategy=strategy, resume=resume)
         (folder / f"left-{me}").write_text(repr(run is None))
-        while not (folder / "left-0").exists(): time.sleep(.1)           # the first is still writing the run folder
+        # the first is still writing the run folder
+        while not (folder / "left-0").exists(): time.sleep(.1)
         if me == 1: raise CourseError("the printer is on fire", "room 7", "call somebody")
     return job
 
@@ -98,13 +108,13 @@ def runs(ray, tmp_path_factory):
     assert done.returncode == 0, done.stderr
     said = []
     with pytest.raises(CourseError) as error:
-        ray_engine.distributed_train(team_job(folder), folder / "team", say=said.append)
+        distributed_train(team_job(folder), folder / "team", say=said.append)
     return SimpleNamespace(folder=folder, said=said, error=error.value)
 
 
 def same(folder, a, b):
-    from cxr_course import training
-    one, other = training.load_run(folder / a), training.load_run(folder / b)
+    from cxr_course.training.run import load_run
+    one, other = load_run(folder / a), load_run(folder / b)
     assert list(one.history["epoch"]) == list(other.history["epoch"]) == [1, 2, 3]
     assert np.allclose(one.history[["loss", "val_loss"]], other.history[["loss", "val_loss"]], atol=1e-4)
     assert np.allclose(one.predictions["p_ILL"], other.predictions["p_ILL"], atol=1e-3)
@@ -131,13 +141,17 @@ def test_the_death_is_told_and_the_first_worker_is_heard(runs):
 @needs_ray
 def test_only_the_first_worker_writes_and_the_folder_is_like_any_other(runs):
     assert (runs.folder / "left-0").read_text() == "False" and (runs.folder / "left-1").read_text() == "True"
-    assert contents(runs.folder / "team") == contents(runs.folder / "one") and not list(runs.folder.glob(".team*"))
+    assert contents(runs.folder / "team") == contents(runs.folder / "one") and not list(
+        runs.folder.glob(".team*")
+    )
 
 
 @needs_ray
 def test_an_error_of_a_worker_arrives_in_words_and_is_not_tried_again(runs):
-    assert (runs.error.what, runs.error.where, runs.error.remedy) == ("the printer is on fire", "room 7", "call somebody")
-    assert len((runs.folder / "attempts-1").read_text().split()) == 2       # the first, and the one after the death
+    assert (runs.error.what, runs.error.where,
+            runs.error.remedy) == ("the printer is on fire", "room 7", "call somebody")
+    # the first, and the one after the death
+    assert len((runs.folder / "attempts-1").read_text().split()) == 2
 
 
 @needs_ray
@@ -152,30 +166,33 @@ def test_two_devices_give_the_same_run(runs):
 
 def test_a_machine_with_other_code_is_refused():
     with pytest.raises(CourseError, match="has another code, keras"):
-        ray_engine._refuse_unequal(ray_engine.stamp() | {"code": "old", "keras": "2"})
-    ray_engine._refuse_unequal(ray_engine.stamp())
+        _refuse_unequal(stamp() | {"code": "old", "keras": "2"})
+    _refuse_unequal(stamp())
 
 
 @needs_ray
 def test_what_the_user_hears_of_a_failure(tmp_path):
     from ray.exceptions import ActorDiedError
     mistake, bug = CourseError("no such folder"), ZeroDivisionError()
-    assert ray_engine._in_words(SimpleNamespace(worker_failures={0: ActorDiedError(), 1: mistake}), tmp_path) is mistake
-    assert ray_engine._in_words(SimpleNamespace(controller_failure=mistake), tmp_path) is mistake
-    assert "killed again and again" in str(ray_engine._in_words(SimpleNamespace(worker_failures={0: ActorDiedError()}), tmp_path))
-    assert ray_engine._in_words(SimpleNamespace(worker_failures={0: bug}), tmp_path) is bug and ray_engine._would_recur(bug)
-    assert not ray_engine._would_recur(ActorDiedError())
+    assert _in_words(SimpleNamespace(worker_failures={0: ActorDiedError(), 1: mistake}), tmp_path) is mistake
+    assert _in_words(SimpleNamespace(controller_failure=mistake), tmp_path) is mistake
+    assert "killed again and again" in str(_in_words(SimpleNamespace(worker_failures={0: ActorDiedError()}),
+                                                     tmp_path))
+    assert _in_words(SimpleNamespace(worker_failures={0: bug}), tmp_path) is bug and _would_recur(bug)
+    assert not _would_recur(ActorDiedError())
 
 
 def test_what_the_launcher_refuses_and_passes_on(tmp_path, monkeypatch):
-    with pytest.raises(CourseError, match="--out"): ray_engine.launch(["train"], program=print)
-    with pytest.raises(CourseError, match="shares nothing"): ray_engine.launch(["train", "--out", "x"], 1, program=print)
+    with pytest.raises(CourseError, match="--out"): launch(["train"], program=print)
+    with pytest.raises(CourseError, match="shares nothing"): launch(["train", "--out", "x"], 1, program=print)
     (tmp_path / ".x.partial").mkdir()
     (tmp_path / ".x.partial" / "state.npz").touch()
-    with pytest.raises(CourseError, match="unfinished"): ray_engine.launch(["train", "--out", str(tmp_path / "x")], program=print)
+    with pytest.raises(CourseError, match="unfinished"):
+        launch(["train", "--out", str(tmp_path / "x")], program=print)
     told, words = [], []
-    monkeypatch.setattr(ray_engine, "distributed_train", lambda job, run, *a, **k: (told.append((run, k["resume"])), job(None, True)))
-    ray_engine.launch(["train", f"--out={tmp_path / 'x'}", "--resume"], program=words.extend)
+    monkeypatch.setattr(engine_module, "distributed_train", lambda job, run, *a,
+                        **k: (told.append((run, k["resume"])), job(None, True)))
+    launch(["train", f"--out={tmp_path / 'x'}", "--resume"], program=words.extend)
     assert told == [(str(tmp_path / "x"), True)] and words == ["train", f"--out={tmp_path / 'x'}", "--resume"]
 
 
@@ -186,13 +203,14 @@ def test_nothing_listens_beyond_loopback(ray):
     import psutil
     ray.get(ray.remote(peak_mb).remote())
     family = [psutil.Process(), *psutil.Process().children(recursive=True)]
-    heard = {c.laddr.ip.replace("::ffff:", "") for p in family for c in p.net_connections("inet") if c.status == "LISTEN"}
+    heard = {c.laddr.ip.replace("::ffff:", "") for p in family for c in p.net_connections("inet")
+             if c.status == "LISTEN"}
     assert heard and heard <= {"127.0.0.1", "::1"}
 
 
 def test_without_ray_it_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(CourseError, match=r"cxr-course\[scale\]"): ray_engine.import_ray()
+    with pytest.raises(CourseError, match=r"cxr-course\[scale\]"): import_ray()
 
 
 @needs_ray
@@ -208,10 +226,11 @@ def test_a_cluster_that_is_not_there():
 def test_two_workers_make_the_store_of_one_byte_for_byte(ray, tmp_path):
     frame = world(tmp_path / "png")
     (tmp_path / "png" / "7.png").write_bytes(b"no image")
-    usual = pipelines.build(frame, (16, 20), folder=tmp_path / "usual", skip_bad=True)
-    with pytest.raises(CourseError, match="1 of 40 .* cannot be read"): scaling.distributed_decode(frame, (16, 20), tmp_path / "shared")
+    usual = build_store(frame, (16, 20), folder=tmp_path / "usual", skip_bad=True)
+    with pytest.raises(CourseError, match="1 of 40 .* cannot be read"):
+        distributed_decode(frame, (16, 20), tmp_path / "shared")
     shuffled = frame.sample(frac=1, random_state=0)
-    store = scaling.distributed_decode(shuffled, (16, 20), tmp_path / "shared", skip_bad=True)
+    store = distributed_decode(shuffled, (16, 20), tmp_path / "shared", skip_bad=True)
     for file in usual.folder.iterdir(): assert file.read_bytes() == (store.folder / file.name).read_bytes()
     assert sorted(p.name for p in store.folder.iterdir()) == sorted(p.name for p in usual.folder.iterdir())
 
@@ -227,7 +246,7 @@ def test_decoding_keeps_memory_flat(ray, tmp_path):
     frame = world(tmp_path / "png", n=320, side=64)
     task, peaks = ray.remote(peak_mb), []
     for part in (frame.head(40), frame):
-        scaling.distributed_decode(part, (96, 96), tmp_path / str(len(part)))
+        distributed_decode(part, (96, 96), tmp_path / str(len(part)))
         peaks.append(max(ray.get([task.remote() for _ in range(20)]), default=None) if peak_mb() else None)
     if peaks[0] is None: pytest.skip("this system does not say how much memory a process held")
     assert peaks[1] / peaks[0] < 1.15
@@ -252,27 +271,30 @@ def objective(folder):
 
 @needs_ray
 def test_failing_and_dying_trials_do_not_stop_a_search(ray, tmp_path):
-    found = scaling.distributed_search(objective(tmp_path), TRIALS, tmp_path / "search")
+    found = distributed_search(objective(tmp_path), TRIALS, tmp_path / "search")
     assert found["status"].tolist() == ["done", "failed", "failed", "done"] and (tmp_path / "died").exists()
     assert found["reason"].tolist()[:3] == ["", "MemoryError: no room", "the score is no number"]
     assert found["score"].dropna().tolist() == [1, 4] and found["lr"].tolist() == [1, 2, 3, 4]
-    again = scaling.distributed_search(objective(tmp_path), TRIALS, tmp_path / "search")
-    assert again.equals(found) and sorted((tmp_path / "done").read_text().split()) == ["1", "4"]   # nothing twice
-    with pytest.raises(CourseError, match="other trials"): scaling.distributed_search(objective(tmp_path), TRIALS[:2], tmp_path / "search")
+    again = distributed_search(objective(tmp_path), TRIALS, tmp_path / "search")
+    # nothing twice
+    assert again.equals(found) and sorted((tmp_path / "done").read_text().split()) == ["1", "4"]
+    with pytest.raises(CourseError, match="other trials"):
+        distributed_search(objective(tmp_path), TRIALS[:2], tmp_path / "search")
 
 
 @needs_ray
 def test_a_search_in_which_everything_fails_ends_in_words(ray, tmp_path):
     def hopeless(values): raise ValueError("never")
     with pytest.raises(CourseError, match="all 2 trials failed.*\n.*ValueError: never"):
-        scaling.distributed_search(hopeless, TRIALS[:2], tmp_path / "none")
-    with pytest.raises(CourseError, match="without trials"): scaling.distributed_search(hopeless, [], tmp_path / "empty")
+        distributed_search(hopeless, TRIALS[:2], tmp_path / "none")
+    with pytest.raises(CourseError, match="without trials"):
+        distributed_search(hopeless, [], tmp_path / "empty")
 
 
 # ---- arithmetic and documents
 
 def test_amdahl():
-    assert scaling.amdahl(0, 4) == 4 and scaling.amdahl(.5, 10**9) == pytest.approx(2)
+    assert amdahl(0, 4) == 4 and amdahl(.5, 10**9) == pytest.approx(2)
 
 
 CLUSTERS = Path(__file__).parent.parent / "nbs" / "clusters"
@@ -281,7 +303,10 @@ CLUSTERS = Path(__file__).parent.parent / "nbs" / "clusters"
 def test_the_cluster_files_can_be_read():
     yaml = pytest.importorskip("yaml", reason="PyYAML is not installed")
     cloud = yaml.safe_load((CLUSTERS / "cloud.yaml").read_text())
-    assert cloud["head_node_type"] in cloud["available_node_types"] and cloud["provider"]["use_internal_ips"] is True
+    assert (
+        cloud["head_node_type"] in cloud["available_node_types"]
+        and cloud["provider"]["use_internal_ips"] is True
+    )
     done = subprocess.run(["bash", "-n", str(CLUSTERS / "slurm.sh")], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "#SBATCH" in (CLUSTERS / "slurm.sh").read_text()

@@ -42,8 +42,9 @@ SCRIPT = """
 def start(way, folder, **environment):
     code = textwrap.dedent(SCRIPT.format(tests=os.path.dirname(__file__)))
     plain = {k: v for k, v in os.environ.items() if k != "TF_CONFIG"}
-    return subprocess.Popen([sys.executable, "-c", code, way, str(folder)], env={**plain, "TF_CPP_MIN_LOG_LEVEL": "3", "CXR_COURSE_QUIET": "1", **environment},
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen([sys.executable, "-c", code, way, str(folder)],
+                            env={**plain, "TF_CPP_MIN_LOG_LEVEL": "3", "CXR_COURSE_QUIET": "1",
+                                 **environment}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def finish(process):
@@ -63,21 +64,25 @@ def runs(tmp_path_factory):
     finish(start("one", folder))
     finish(start("mirrored", folder))
     hosts = [f"127.0.0.1:{p}" for p in ports(2)]
-    team = [start("workers", folder, TF_CONFIG=json.dumps(dict(cluster=dict(worker=hosts), task=dict(type="worker", index=i)))) for i in (0, 1)]
+    team = [start("workers", folder, TF_CONFIG=json.dumps(dict(cluster=dict(worker=hosts),
+                                                               task=dict(type="worker", index=i))))
+            for i in (0, 1)]
     for process in team: finish(process)
     return folder
 
 
 @pytest.mark.parametrize("way", ["mirrored", "workers"])
 def test_the_same_training_as_on_one_device(runs, way):
-    alone, together = (pd.read_csv(runs / name / "history.csv").drop(columns="seconds") for name in ("one", way))
+    alone, together = (pd.read_csv(runs / name / "history.csv").drop(columns="seconds")
+                       for name in ("one", way))
     assert np.allclose(alone, together, atol=2e-3) and len(together) == 3
     a, b = (pd.read_csv(runs / name / "predictions.csv")["p_ILL"] for name in ("one", way))
     assert np.allclose(a, b, atol=2e-3)
 
 
 def test_only_the_first_process_leaves_a_run(runs):
-    assert sorted(p.name for p in runs.iterdir() if (p / "card.json").exists()) == ["mirrored", "one", "workers"]
+    assert sorted(p.name for p in runs.iterdir()
+                  if (p / "card.json").exists()) == ["mirrored", "one", "workers"]
     assert not list(runs.glob(".workers.partial"))
 
 

@@ -13,10 +13,17 @@ keras = pytest.importorskip("keras")
 kt = pytest.importorskip("keras_tuner")
 from PIL import Image
 
-from cxr_course import cnn, core, pipelines, training, tuning, tuning_plots
-from cxr_course.core import CourseError
+from cxr_course.core import CourseError, rng
+from cxr_course.data.building import build_store
+from cxr_course.frame import Task, make_frame, regroup
+from cxr_course.models.cnn import CNNSpec, layer_table
+from cxr_course.models.inspect import describe
+from cxr_course.training.search_space import SYSTEM_E, Space, declare, hypermodel, spec_of
+from cxr_course.training.trials import best, caution, retrain, trial_predictions, trials
+from cxr_course.training.tuning import METHODS, _stores, search
+from cxr_course.training.tuning_plots import hyperparameters, importance, plot_importance, plot_parallel
 
-TINY = tuning.Space(filters=((2, 4), (2, 4)), kernels=(3,), dense=(4, 8), step=2, dropout=(0., .2))
+TINY = Space(filters=((2, 4), (2, 4)), kernels=(3,), dense=(4, 8), step=2, dropout=(0., .2))
 
 
 def same(a, b):
@@ -51,13 +58,13 @@ def hill(before):
 
 
 def climb(method, folder, network=None, **options):
-    return tuning.search(method, None, folder, network=network or Hill(), **options)
+    return search(method, None, folder, network=network or Hill(), **options)
 
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory):
     "Sixty images of thirty patients; the sick ones have a bright corner."
-    folder, draw, rows = tmp_path_factory.mktemp("images"), core.rng("tuning films"), []
+    folder, draw, rows = tmp_path_factory.mktemp("images"), rng("tuning films"), []
     for i in range(60):
         sick, split = i % 4 < 2, ("train", "train", "train", "val", "test")[i // 2 % 5]
         image = draw.uniform(0, .6, (16, 16))
@@ -66,12 +73,12 @@ def store(tmp_path_factory):
         Image.fromarray((image * 255).astype("uint8")).save(folder / f"{i}.png")
         label = "ILL" if sick else "WELL"
         rows.append(dict(path=str(folder / f"{i}.png"), patient=f"p{i // 2}", split=split, label=label))
-    return pipelines.build(core.frame(rows, labels=["WELL", "ILL"]), (16, 16), folder=folder / "store")
+    return build_store(make_frame(rows, labels=["WELL", "ILL"]), (16, 16), folder=folder / "store")
 
 
 def test_the_space_is_system_e_s_and_every_value_can_be_reached():
     hp = kt.HyperParameters()
-    tuning.declare(hp)
+    declare(hp)
     reach = {h.name: sorted({h.random_sample(i) for i in range(600)}) for h in hp.space}
     layers = [f"{what}{i}" for i in (1, 2, 3) for what in ("filters", "kernel")]
     assert list(reach) == [*layers, "dense", "dropout", "lr"]
@@ -79,30 +86,32 @@ def test_the_space_is_system_e_s_and_every_value_can_be_reached():
     assert reach["filters2"] == reach["filters3"] == list(range(32, 257, 16))
     assert all(reach[f"kernel{i}"] == [3, 5] for i in (1, 2, 3)) and reach["dropout"] == [0., .2, .3]
     lr = np.log10(reach["lr"])
-    assert -4 <= lr[0] < -3.9 and -2.1 < lr[-1] <= -2 and abs(np.median(lr) + 3) < .1          # evenly by its logarithm
+    # evenly by its logarithm
+    assert -4 <= lr[0] < -3.9 and -2.1 < lr[-1] <= -2 and abs(np.median(lr) + 3) < .1
 
 
 def test_system_e_s_winner_lies_inside_and_values_become_the_network_that_they_say():
-    values = dict(filters1=32, kernel1=3, filters2=48, kernel2=5, filters3=64, kernel3=5, dense=80, dropout=.2, lr=.005)
+    values = dict(filters1=32, kernel1=3, filters2=48, kernel2=5, filters3=64, kernel3=5, dense=80,
+                  dropout=0.2, lr=0.005)
     hp = kt.HyperParameters()
     hp.values = dict(values)
-    model = tuning.hypermodel(tuning.SYSTEM_E, (48, 48, 1), seed=3).build(hp)
-    spec = cnn.Spec((32, 48, 64), (80,), kernel=(3, 5, 5), dropout=.2)
-    assert tuning.spec_of(values) == tuning.spec_of(pd.Series(values)) == cnn.describe(model) == spec
+    model = hypermodel(SYSTEM_E, (48, 48, 1), seed=3).build(hp)
+    spec = CNNSpec((32, 48, 64), (80,), kernel=(3, 5, 5), dropout=.2)
+    assert spec_of(values) == spec_of(pd.Series(values)) == describe(model) == spec
     assert np.isclose(float(model.optimizer.learning_rate), .005)
-    assert model.count_params() == cnn.arithmetic(spec, (48, 48, 1))["parameters"].sum()
+    assert model.count_params() == layer_table(spec, (48, 48, 1))["parameters"].sum()
 
 
 @pytest.mark.parametrize("tuner", (kt.RandomSearch, kt.Hyperband, kt.BayesianOptimization))
 def test_keras_tuner_s_own_tuners_take_the_hypermodel_with_an_objective_of_keras(store, tmp_path, tuner):
     own = dict(max_epochs=2) if tuner is kt.Hyperband else dict(max_trials=1)
-    searching = tuner(tuning.hypermodel(TINY, (16, 16, 1)), objective="val_accuracy", seed=1, directory=tmp_path,
+    searching = tuner(hypermodel(TINY, (16, 16, 1)), objective="val_accuracy", seed=1, directory=tmp_path,
                       project_name="plain", **own)
     searching.search(store.array("train"), store.labels("train"), epochs=1, verbose=0,
                      validation_data=(store.array("val"), store.labels("val")))
     best = searching.oracle.get_best_trials()[0]
     assert 0 <= best.score <= 1 and best.metrics.exists("val_auc")
-    again = tuning.hypermodel(TINY, (16, 16, 1), core.Task(("a", "b", "c"), "classes")).build(best.hyperparameters)
+    again = hypermodel(TINY, (16, 16, 1), Task(("a", "b", "c"), "classes")).build(best.hyperparameters)
     assert again.output_shape == (None, 3) and again.metrics_names
 
 
@@ -112,16 +121,16 @@ def test_the_validation_auc_counts_pairs_for_every_kind_of_task(store, tmp_path,
     third = frame["path"].str.contains(r"[37]\.png")
     if kind == "three classes":
         label = frame["label"].astype(object).where(~third, "ODD")
-        frame = core.frame(frame.assign(label=label), labels=["WELL", "ILL", "ODD"])
+        frame = make_frame(frame.assign(label=label), labels=["WELL", "ILL", "ODD"])
     if kind == "findings":
         ill = (frame["label"] == "ILL").astype(float).where(~third)
-        frame = core.frame(frame.drop(columns="label").assign(ill=ill, odd=third.astype(float), age=40),
+        frame = make_frame(frame.drop(columns="label").assign(ill=ill, odd=third.astype(float), age=40),
                            findings=["ill", "odd"])
     other = store.using(frame)
-    found = tuning.search("random", other, tmp_path / "s", trials=1, epochs=2, space=TINY, batch=8)
-    images, _, p = tuning.trial_predictions(tmp_path / "s")
-    task = core.Task.of(images)
-    assert task.names == core.Task.of(other.frame).names and p.shape == (1, 12, len(task.names))
+    found = search("random", other, tmp_path / "s", trials=1, epochs=2, space=TINY, batch=8)
+    images, _, p = trial_predictions(tmp_path / "s")
+    task = Task.of(images)
+    assert task.names == Task.of(other.frame).names and p.shape == (1, 12, len(task.names))
     truth = task.indicators(images).to_numpy()
     pairs = []
     for i in [1] if kind == "two classes" else range(len(task.names)):
@@ -143,18 +152,21 @@ KILLED = """
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGKILL")
-@pytest.mark.parametrize("method", tuning.METHODS)
+@pytest.mark.parametrize("method", METHODS)
 def test_a_search_that_was_killed_goes_on_as_if_nothing_had_been(tmp_path, root, method):
     script = KILLED.format(tests=str(root / "tests"), folder=str(tmp_path / "killed"), method=method)
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], cwd=root, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], cwd=root, capture_output=True,
+                          text=True)
     assert done.returncode == -9, done.stderr
-    before = tuning.trials(tmp_path / "killed")
+    before = trials(tmp_path / "killed")
     assert before["status"].tolist() == ["done"] * 4 + ["killed"]
     resumed = climb(method, tmp_path / "killed", trials=5, epochs=3, resume=True)
     same(resumed.head(4), before.head(4))
     assert (resumed["status"] == "done").all()
-    assert resumed.loc[4, ["filters", "kernel", "lr"]].tolist() == before.loc[4, ["filters", "kernel", "lr"]].tolist()
-    if method != "bayesian":                             # whose surface is climbed in steps that hang on the last digits
+    assert resumed.loc[4, ["filters", "kernel",
+                           "lr"]].tolist() == before.loc[4, ["filters", "kernel", "lr"]].tolist()
+    # whose surface is climbed in steps that hang on the last digits
+    if method != "bayesian":
         same(resumed, climb(method, tmp_path / "whole", trials=5, epochs=3))
 
 
@@ -173,16 +185,18 @@ def test_a_trial_that_was_written_before_the_state_is_drawn_again(tmp_path):
     lost = dict(state, trial_id="3", status="RUNNING", score=None, metrics=dict(metrics={}))
     (tmp_path / "s" / "trial_3").mkdir()
     (tmp_path / "s" / "trial_3" / "trial.json").write_text(json.dumps(lost))
-    assert tuning.trials(tmp_path / "s")["status"].tolist()[-1] == "killed"
-    same(climb("random", tmp_path / "s", trials=5, resume=True), climb("random", tmp_path / "whole", trials=5))
+    assert trials(tmp_path / "s")["status"].tolist()[-1] == "killed"
+    same(climb("random", tmp_path / "s", trials=5, resume=True),
+         climb("random", tmp_path / "whole", trials=5))
 
 
-@pytest.mark.parametrize("method", tuning.METHODS)
+@pytest.mark.parametrize("method", METHODS)
 def test_a_failing_trial_is_recorded_and_passed_over_and_the_search_ends(tmp_path, method):
     import tensorflow as tf
     def trouble(hp):
         if hp.get("kernel") == 5:
-            raise tf.errors.ResourceExhaustedError(None, None, "OOM when allocating tensor with shape[32,64,90,90]")
+            raise tf.errors.ResourceExhaustedError(None, None,
+                                                   "OOM when allocating tensor with shape[32,64,90,90]")
         if hp.get("filters") > 200:
             raise kt.errors.FailedTrialError("the loss is no longer a number in epoch 2")
     found = climb(method, tmp_path / "s", hill(trouble), trials=8, epochs=3, seed=1)
@@ -191,10 +205,10 @@ def test_a_failing_trial_is_recorded_and_passed_over_and_the_search_ends(tmp_pat
     assert found.loc[wild, "reason"].str.startswith("the loss is no longer").all()
     assert (found["status"] == np.where(big | wild, "failed", "done")).all() and big.any()
     assert method == "hyperband" or len(found) == 8
-    assert tuning.best(found)["status"] == "done"
+    assert best(found)["status"] == "done"
 
 
-@pytest.mark.parametrize("method", tuning.METHODS)
+@pytest.mark.parametrize("method", METHODS)
 def test_when_all_trials_fail_the_search_ends_with_the_reason_and_soon(tmp_path, method):
     def trouble(hp):
         raise OSError("no such disk")
@@ -203,7 +217,7 @@ def test_when_all_trials_fail_the_search_ends_with_the_reason_and_soon(tmp_path,
         climb(method, tmp_path / "s", hill(trouble), trials=20)
     assert time.monotonic() - began < 60
     with pytest.raises(CourseError, match="no trial was finished"):
-        tuning.best(tuning.trials(tmp_path / "s"))
+        best(trials(tmp_path / "s"))
 
 
 def test_failures_after_a_success_do_not_make_a_search_endless(tmp_path):
@@ -235,7 +249,8 @@ def test_no_trial_starts_after_the_minutes_are_over(tmp_path):
     options = dict(trials=30, clock=lambda: now[0])
     climb("random", tmp_path / "s", hill(slow), minutes=10, **options)
     assert started == [100. * i for i in range(6)]
-    now[0] = 50_000.                                                        # a night between the sittings does not count
+    # a night between the sittings does not count
+    now[0] = 50_000.
     climb("random", tmp_path / "s", hill(slow), minutes=10, resume=True, **options)
     assert len(started) == 6
     climb("random", tmp_path / "s", hill(slow), minutes=12, resume=True, **options)
@@ -244,7 +259,8 @@ def test_no_trial_starts_after_the_minutes_are_over(tmp_path):
 
 def test_the_budget_of_trials_can_grow(tmp_path):
     climb("random", tmp_path / "s", trials=3)
-    same(climb("random", tmp_path / "s", trials=6, resume=True), climb("random", tmp_path / "whole", trials=6))
+    same(climb("random", tmp_path / "s", trials=6, resume=True),
+         climb("random", tmp_path / "whole", trials=6))
 
 
 def test_hyperband_spends_the_epochs_of_the_others_and_continues_the_better_third(tmp_path):
@@ -257,47 +273,49 @@ def test_hyperband_spends_the_epochs_of_the_others_and_continues_the_better_thir
 
 def test_folds_keep_patients_together_and_test_images_out(store, tmp_path):
     apart = set(store.frame.query("split == 'test'")["path"])
-    folds = tuning._stores(store, 3, 0)
-    for s in (*tuning._stores(store, None, 0), *folds):
+    folds = _stores(store, 3, 0)
+    for s in (*_stores(store, None, 0), *folds):
         assert set(s.frame["split"]) == {"train", "val"} and not set(s.frame["path"]) & apart
         assert s.frame.groupby("patient")["split"].nunique().max() == 1
     judged = pd.concat([s.frame[s.frame["split"] == "val"] for s in folds])
     assert sorted(judged["path"]) == sorted(store.frame.query("split != 'test'")["path"])
     patient = ["p0", *store.frame["patient"][1:-1], "p0"]
     split = ["train", *store.frame["split"][1:-1], "val"]
-    crossing = core.regroup(store.frame.assign(patient=patient, split=split))
+    crossing = regroup(store.frame.assign(patient=patient, split=split))
     with pytest.raises(CourseError, match="share"):
-        tuning._stores(store.using(crossing), None, 0)
+        _stores(store.using(crossing), None, 0)
     with pytest.raises(CourseError, match="another fold's patients"):
-        tuning.search("hyperband", store, tmp_path / "s", folds=3)
+        search("hyperband", store, tmp_path / "s", folds=3)
 
 
 def test_a_real_search_leaves_what_was_said_of_each_image_and_the_winner_can_be_trained(store, tmp_path):
     options = dict(trials=2, epochs=2, executions=2, space=TINY, batch=8)
-    found = tuning.search("random", store, tmp_path / "s", **options)
+    found = search("random", store, tmp_path / "s", **options)
     assert (found["runs"] == 2).all() and found["spread"].notna().all() and (found["epochs"] <= 4).all()
-    images, ids, p = tuning.trial_predictions(tmp_path / "s")
-    assert ids == [0, 1] and p.shape == (2, 12, 2) and np.allclose(p.sum(axis=2), 1) and set(images["split"]) == {"val"}
+    images, ids, p = trial_predictions(tmp_path / "s")
+    assert ids == [0, 1] and p.shape == (2, 12,
+                                         2) and np.allclose(p.sum(axis=2),
+                                                            1) and set(images["split"]) == {"val"}
     events = list((tmp_path / "s" / "logs").rglob("events*"))
     assert {file.relative_to(tmp_path / "s" / "logs").parts[0] for file in events} == {"0", "1"}
-    assert "looks better than it is" in tuning.caution(tmp_path / "s")
-    same(found, tuning.search("random", store, tmp_path / "again", **options))                          # seeds
-    run = tuning.retrain(tmp_path / "s", store, tmp_path / "best", epochs=1)
-    assert cnn.describe(run.model).conv == tuning.spec_of(tuning.best(found)).conv and "test" in run.card["metrics"]
+    assert "looks better than it is" in caution(tmp_path / "s")
+    same(found, search("random", store, tmp_path / "again", **options))                          # seeds
+    run = retrain(tmp_path / "s", store, tmp_path / "best", epochs=1)
+    assert describe(run.model).conv == spec_of(best(found)).conv and "test" in run.card["metrics"]
     with pytest.raises(CourseError, match="differs in images"):
-        tuning.search("random", store.using(store.frame.iloc[2:]), tmp_path / "s", resume=True, **options)
+        search("random", store.using(store.frame.iloc[2:]), tmp_path / "s", resume=True, **options)
 
 
 def test_a_real_hyperband_goes_on_with_the_weights_of_the_trial_it_continues(store, tmp_path):
-    found = tuning.search("hyperband", store, tmp_path / "s", trials=2, epochs=3, space=TINY, batch=8)
+    found = search("hyperband", store, tmp_path / "s", trials=2, epochs=3, space=TINY, batch=8)
     later = found[found["of"].notna()].iloc[0]
     assert later["asked"] == 3 and later["epochs"] == 2 and (found["status"] == "done").all()
     assert (tmp_path / "s" / f"trial_{later['of']:04d}" / "checkpoint.weights.h5").exists()
 
 
 def test_images_too_small_for_some_networks_fail_those_trials_only(store, tmp_path):
-    space = tuning.Space(filters=((2, 4),) * 2, kernels=(3, 9), dense=(4, 8), step=2, dropout=(0.,))
-    found = tuning.search("random", store, tmp_path / "s", trials=5, epochs=1, space=space, batch=8, seed=2)
+    space = Space(filters=((2, 4),) * 2, kernels=(3, 9), dense=(4, 8), step=2, dropout=(0.,))
+    found = search("random", store, tmp_path / "s", trials=5, epochs=1, space=space, batch=8, seed=2)
     small = found["kernel2"] == 9
     assert small.any() and found.loc[small, "reason"].str.contains("too small").all()
     assert (found.loc[~small, "status"] == "done").all()
@@ -305,11 +323,11 @@ def test_images_too_small_for_some_networks_fail_those_trials_only(store, tmp_pa
 
 def test_importance_finds_the_hyperparameter_that_matters(tmp_path):
     found = climb("random", tmp_path / "s", trials=30)
-    shares = tuning_plots.importance(found, draws=8).set_index("parameter")
+    shares = importance(found, draws=8).set_index("parameter")
     assert shares["share"].idxmax() == "lr" and shares.loc["lr", "low"] > shares.loc["a die", "high"]
-    assert tuning_plots.hyperparameters(found) == ["filters", "kernel", "lr"]
-    assert len(tuning_plots.plot_parallel(found).axes[0].lines) == 30 + 4
-    assert len(tuning_plots.plot_importance(shares.reset_index()).axes[0].patches) == 4
+    assert hyperparameters(found) == ["filters", "kernel", "lr"]
+    assert len(plot_parallel(found).axes[0].lines) == 30 + 4
+    assert len(plot_importance(shares.reset_index()).axes[0].patches) == 4
 
 
 def test_bad_input_is_told_in_words(tmp_path, monkeypatch):
@@ -319,13 +337,13 @@ def test_bad_input_is_told_in_words(tmp_path, monkeypatch):
         with pytest.raises(CourseError, match="budget is empty"):
             climb("random", tmp_path / "none", **budget)
     with pytest.raises(CourseError, match="nothing to train on"):
-        tuning.search("random", None, tmp_path / "none")
+        search("random", None, tmp_path / "none")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("all of it")
     with pytest.raises(CourseError, match="something else"):
         climb("random", tmp_path / "mine")
     with pytest.raises(CourseError, match="no search"):
-        tuning.trials(tmp_path / "mine")
+        trials(tmp_path / "mine")
     monkeypatch.setitem(sys.modules, "keras_tuner", None)
     with pytest.raises(CourseError, match=r"cxr-course\[tune\]"):
         climb("random", tmp_path / "none")
