@@ -14,7 +14,7 @@ import pandas as pd
 from .core import CourseError
 
 # %% auto #0
-__all__ = ['COLUMNS', 'SPLITS', 'UNKNOWN', 'Task', 'make_frame', 'regroup', 'groups', 'Source', 'source']
+__all__ = ['COLUMNS', 'SPLITS', 'UNKNOWN', 'Task', 'regroup', 'make_frame', 'groups']
 
 # %% ../nbs/library/frame.ipynb #99dd631f
 COLUMNS = ("path", "patient", "group", "split", "source", "view", "height", "width")
@@ -98,6 +98,26 @@ def _known(labels: pd.Series) -> list[str]:
         else sorted(labels.dropna().unique())
     )
 
+# %% ../nbs/library/frame.ipynb #2336c2b6
+def regroup(
+    frame: pd.DataFrame, # a frame of images or of predictions
+    # images without patient: 'refuse' (their group stays missing), or 'image' (by `study` if known, else each
+    # by itself)
+    unknown: str = "refuse",
+) -> pd.DataFrame: # the same frame with its column `group` made anew from `patient`
+    "Decide once which images belong together; equal groups are never separated."
+    if unknown not in UNKNOWN:
+        raise CourseError(f"unknown={unknown!r} is not a choice", None, f"use one of {', '.join(UNKNOWN)}")
+    key = "patient:" + frame["patient"].astype("string").astype(object)
+    missing = frame["patient"].isna()
+    if not missing.any() or unknown == "refuse": return frame.assign(group=key.where(~missing, None))
+    stand_in = "image:" + frame["path"].astype(str)
+    if "study" in frame:
+        stand_in = ("study:" + frame["study"].astype("string").astype(object)).where(
+            frame["study"].notna(), stand_in
+        )
+    return frame.assign(group=key.where(~missing, stand_in))
+
 # %% ../nbs/library/frame.ipynb #6035a3b4
 def make_frame(
     # one row or dict an image; `path` and the truth are needed, the rest is filled with missing
@@ -159,25 +179,6 @@ def _finding(values: pd.Series) -> pd.Series:
     return numbers
 
 # %% ../nbs/library/frame.ipynb #93cb9969
-def regroup(
-    frame: pd.DataFrame, # a frame of images or of predictions
-    # images without patient: 'refuse' (their group stays missing), or 'image' (by `study` if known, else each
-    # by itself)
-    unknown: str = "refuse",
-) -> pd.DataFrame: # the same frame with its column `group` made anew from `patient`
-    "Decide once which images belong together; equal groups are never separated."
-    if unknown not in UNKNOWN:
-        raise CourseError(f"unknown={unknown!r} is not a choice", None, f"use one of {', '.join(UNKNOWN)}")
-    key = "patient:" + frame["patient"].astype("string").astype(object)
-    missing = frame["patient"].isna()
-    if not missing.any() or unknown == "refuse": return frame.assign(group=key.where(~missing, None))
-    stand_in = "image:" + frame["path"].astype(str)
-    if "study" in frame:
-        stand_in = ("study:" + frame["study"].astype("string").astype(object)).where(
-            frame["study"].notna(), stand_in
-        )
-    return frame.assign(group=key.where(~missing, stand_in))
-
 def groups(
     frame: pd.DataFrame, # a frame of images or of predictions
 ) -> pd.Series: # one key a row; equal keys must never be separated
@@ -198,17 +199,3 @@ def groups(
                           "column `group`",
                           "the patients were changed after loading: group anew with regroup(frame)")
     return frame["group"]
-
-# %% ../nbs/library/frame.ipynb #3958c0df
-class Source:
-    "The code of library functions, shown with its colours in a notebook."
-    def __init__(self, text: str): self.text = text
-    def __repr__(self): return self.text
-    def _repr_markdown_(self): return f"```python\n{self.text}\n```"
-
-def source(
-    *parts, # functions and classes of the library
-) -> Source: # shows itself
-    "The code of library functions, to read where a lesson speaks of them."
-    import inspect
-    return Source("\n\n".join(inspect.getsource(part).rstrip() for part in parts))

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 # %% auto #0
-__all__ = ['PALETTE', 'table', 'ImageSheet', 'show_images']
+__all__ = ['PALETTE', 'table', 'Source', 'source', 'ImageSheet', 'show_images']
 
 # %% ../nbs/library/show.ipynb #9c630e2c
 class table:
@@ -53,6 +53,20 @@ class table:
         lines = ["  ".join(c.rjust(w) if r else c.ljust(w) for c, w, r in zip(row, wide, right)).rstrip()
                  for row in cells]
         return "\n".join([self.caption, *lines] if self.caption else lines)
+
+# %% ../nbs/library/show.ipynb #3958c0df
+class Source:
+    "The code of library functions, shown with its colours in a notebook."
+    def __init__(self, text: str): self.text = text
+    def __repr__(self): return self.text
+    def _repr_markdown_(self): return f"```python\n{self.text}\n```"
+
+def source(
+    *parts, # functions and classes of the library
+) -> Source: # shows itself
+    "The code of library functions, to read where a lesson speaks of them."
+    import inspect
+    return Source("\n\n".join(inspect.getsource(part).rstrip() for part in parts))
 
 # %% ../nbs/library/show.ipynb #aa6dfa8e
 class ImageSheet:
