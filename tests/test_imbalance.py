@@ -20,7 +20,8 @@ from cxr_course.evaluation.thresholds import choose_threshold
 from cxr_course.frame import make_frame, regroup
 from cxr_course.models.cnn import CNNSpec, build_cnn
 from cxr_course.models.finding_weights import (
-    class_weights, loss_contributions, balanced_sample, class_frequencies, weighted_loss, positive_negative_weights,
+    class_weights, loss_contributions, balanced_sample, class_frequencies, weighted_loss,
+    positive_negative_weights,
 )
 from cxr_course.models.losses import (
     SigmoidLoss, SoftmaxLoss, cross_entropy, undo_weighting, loss_for, initial_bias,

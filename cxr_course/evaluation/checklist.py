@@ -73,7 +73,7 @@ CLAIM = (                                                                # the q
     ("training", "training", "Augmentation, loss, optimiser, epochs, when it stopped"),
     ("training", "selection", "How the final model was chosen among those tried"),
     ("result", "explanation", "Which explanation of single images, and how that was tested"),
-    ("result", "external", "Films from another place"),
+    ("result", "external", "Images from another place"),
     ("result", "failures", "What it got wrong, and what those images have in common"),
 )
 
@@ -186,7 +186,8 @@ def add_checklist(
     "Add to a report what turns metrics into decisions, and what a journal would ask."
     believed, asks = "Can the probabilities be believed?", "What a reader may still ask"
     result.sections = [s for s in result.sections if s[0] not in (believed, asks)]
-    result.sections += [(believed, _calibration_html(result)), (asks, _check_html(reporting_checklist(result, facts)))]
+    result.sections += [(believed, _calibration_html(result)),
+                        (asks, _check_html(reporting_checklist(result, facts)))]
     return result
 
 # %% ../../nbs/library/evaluation/checklist.ipynb #0ab4c64c

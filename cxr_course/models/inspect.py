@@ -124,7 +124,7 @@ def show_filters(
 ) -> ImageSheet: # shows itself in a notebook
     "The kernels of the first convolution: middle grey is zero, bright positive, dark negative."
     first = next(layer for layer in feature_extractor(model).layers if layer.get_weights())
-    # (k, k, f): the channels of a grey film are equal
+    # (k, k, f): the channels of a grey image are equal
     kernel = first.get_weights()[0].mean(axis=2)
     grey = np.kron(.5 + .5 * kernel / abs(kernel).max(axis=(0, 1)), np.ones((16, 16, 1)))
     return _mosaic(grey, f"{first.name}: {kernel.shape[-1]} filters of "
@@ -134,7 +134,7 @@ def show_filters(
 def draw_network(
     model, # a model that keeps the contract
 ) -> ImageSheet: # shows itself in a notebook
-    "The layers of a model from film to logits, with sizes and parameters."
+    "The layers of a model from image to logits, with sizes and parameters."
     import matplotlib.pyplot as plt
     layers = [(layer, part) for part in (feature_extractor(model), classifier_head(model))
               for layer in part.layers]
