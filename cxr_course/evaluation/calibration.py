@@ -31,7 +31,7 @@ def calibration_curve(
     p: np.ndarray, # (n,) probability
     keys: Iterable, # (n,) patient of each image
     bins: int = 10, # groups of about equally many images
-) -> pd.DataFrame: # a row a group: images, said (mean probability), and value, low, high: the share that has the finding
+) -> pd.DataFrame: # a row a group: images, said (mean probability); value, low, high: share with it
     "What was said against what was so, in groups of images with like probabilities."
     y, p, keys = drop_unknown(y, p, np.asarray(keys, dtype=object))
     group, rows = _bins(p, bins), []
@@ -113,7 +113,7 @@ def calibration_error(
 
 # %% ../../nbs/library/evaluation/calibration.ipynb #77a4ab28
 class Calibration:
-    "A correction of probabilities, fitted on validation images; `apply` it to any predictions of the same classes."
+    "A correction of probabilities, fitted on validation images; `apply` it to other predictions."
     def __init__(self,
         method: str, # 'temperature' or 'platt'
         # class, finding or 'all' -> slope, shift: the new logit is slope * logit + shift

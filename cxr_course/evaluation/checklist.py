@@ -173,10 +173,12 @@ def _check_html(rows):
             if r.state == "open":
                 said = "<span style='color:#a33d00;font-weight:600'>open: nobody has answered this</span>"
             asks = f"<td style='{pad}width:45%'>{html.escape(r.asks)}</td>"
-            body += f"<tr style='{look[r.state]}'><td style='{pad}'>{r.item}</td>{asks}<td style='{pad}'>{said}</td></tr>"
+            body += f"<tr style='{look[r.state]}'><td style='{pad}'>{r.item}</td>{asks}"
+            body += f"<td style='{pad}'>{said}</td></tr>"
     n = rows["state"].value_counts()
     said = f"{n.get('filled', 0)} answered, {n.get('partly', 0)} partly, {n.get('open', 0)} open."
-    return f"<p>{said} The items are given in our own short words; read the originals before you publish.</p><table><tbody>{body}</tbody></table>"
+    said += " The items are given in our own short words; read the originals before you publish."
+    return f"<p>{said}</p><table><tbody>{body}</tbody></table>"
 
 # %% ../../nbs/library/evaluation/checklist.ipynb #8f89aa6d
 def add_checklist(
@@ -192,7 +194,7 @@ def add_checklist(
 
 # %% ../../nbs/library/evaluation/checklist.ipynb #0ab4c64c
 def _calibration_html(r):
-    "Brier score and calibration error of every question; for one question the reliability diagram and the decision curve."
+    "Brier score and calibration error of every question; for one, two plots as well."
     asked, keys, rows = binary_tasks(r.predictions), r.keys.to_numpy(), []
     for c, (y, s) in asked.items():
         if (y == 1).any():

@@ -63,7 +63,7 @@ def compare_models(
     one: pd.DataFrame, # predictions of one model
     other: pd.DataFrame, # predictions of another, of the same images
     level: float = .95, # of the intervals
-) -> pd.DataFrame: # a row a question: AUC of one minus AUC of other as value, low, high, note, and p of no difference
+) -> pd.DataFrame: # a row a question: difference of the AUCs as value, low, high, note; p of no difference
     "DeLong's paired comparison of two frames of predictions, image by image and by patient."
     other = _matched(one, other)
     theirs, keys, rows = binary_tasks(other), patient_groups(one), {}
@@ -105,7 +105,7 @@ def predict_labels(
     # two classes: default .5; findings: one for all or one each; more classes: none
     threshold: float | dict | None = None,
 ): # a Series of classes, or a DataFrame of 1, 0 for findings
-    "What the model says about each image: the threshold for yes or no, the largest probability for more classes."
+    "What the model says about each image: by threshold for yes or no, by largest probability among classes."
     task = Task.of(validate_predictions(predictions))
     p = predictions[task.p_columns].to_numpy(float)
     if task.findings:

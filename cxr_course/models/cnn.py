@@ -151,8 +151,7 @@ def _l2(s: CNNSpec):
 def _conv(s: CNNSpec, i: int, seed: int):
     "The `i`-th convolution, from 1."
     filters, side = s.conv[i - 1], s.kernels[i - 1]
-    common = dict(padding=s.padding, activation=None if s.norm else "relu", use_bias=not s.norm,
-                  name=f"conv{i}")
+    common = dict(padding=s.padding, activation=None if s.norm else "relu", use_bias=not s.norm, name=f"conv{i}")
     if s.separable and i > 1:
         return keras.layers.SeparableConv2D(
             filters, side, depthwise_initializer=_start(s, seed, "conv", i, "depth"),
@@ -162,16 +161,15 @@ def _conv(s: CNNSpec, i: int, seed: int):
                                kernel_initializer=_start(s, seed, "conv", i, "kernel"), **common)
 
 def _dropout(s: CNNSpec, name: str, seed: int) -> list:
-    return [keras.layers.Dropout(s.dropout, seed=layer_seed(seed, name),
-                                 name=f"drop_{name}")] if s.dropout else []
+    drop = keras.layers.Dropout
+    return [drop(s.dropout, seed=layer_seed(seed, name), name=f"drop_{name}")] if s.dropout else []
 
 # %% ../../nbs/lessons/07_cnn.ipynb #0fa27360
 def _block(s: CNNSpec, i: int, seed: int) -> tuple[list, list]:
     "The `i`-th convolution with its normalisation, and what follows its map: pooling and dropout."
     maps, after = [_conv(s, i, seed)], []
     if s.norm:
-        maps += [keras.layers.BatchNormalization(momentum=0.9, name=f"norm{i}"),
-                 keras.layers.ReLU(name=f"relu{i}")]
+        maps += [keras.layers.BatchNormalization(momentum=.9, name=f"norm{i}"), keras.layers.ReLU(name=f"relu{i}")]
     if s.pools(i):
         after += [keras.layers.MaxPooling2D(2, name=f"pool{i}")]
     if i % s.pool_every == 0:

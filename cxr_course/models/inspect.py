@@ -68,7 +68,7 @@ def _described(look: list, decide: list) -> CNNSpec:
 # %% ../../nbs/library/models/inspect.ipynb #e74a4363
 def receptive_field(
     spec: str | CNNSpec, # a name in `CNN_SPECS`, or a description
-) -> tuple[int, int]: # pixels of the image that one value of the last map sees along a side; pixels between neighbours
+) -> tuple[int, int]: # pixels of the image that one value sees along a side; pixels between neighbours
     "How far one value of the last map before the head sees."
     s = find_spec(spec, CNN_SPECS)[1]
     seen, step = 1, 1
@@ -112,7 +112,7 @@ def show_feature_maps(
     title: str = "", # one line above
     cols: int = 16, # maps in a row
 ) -> ImageSheet: # shows itself in a notebook
-    "Every channel of a layer, each on its own grey scale; a channel without an answer worth speaking of stays black."
+    "Every channel of a layer, each on its own grey scale; a channel that hardly answers stays black."
     low, high = maps.min(axis=(0, 1)), maps.max(axis=(0, 1))
     silent = high - low < .02 * (high - low).max()
     return _mosaic(np.where(silent, 0, (maps - low) / np.where(silent, 1, high - low)), title, cols)

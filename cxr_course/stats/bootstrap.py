@@ -23,7 +23,7 @@ def bootstrap_counts(
     keys: Iterable, # (n,) one key an image: its patient
     times: int = 1000, # how many resampled studies
     seed: int = 0, # same seed, same studies
-) -> tuple[np.ndarray, np.ndarray]: # (n,) number of each image's patient; (patients, times) how often each patient was drawn
+) -> tuple[np.ndarray, np.ndarray]: # (n,) patient of each image; (patients, times) how often each was drawn
     "Draw patients with replacement, as many as there are, many times over."
     codes, found = pd.factorize(np.asarray(keys, dtype=object))
     m, draw = len(found), rng(seed, "evaluation.resample", times)

@@ -67,8 +67,8 @@ def _counts_down(y, s):
 def precision_recall_curve(
     y: np.ndarray, # (n,) truth: 1, 0, or NaN
     s: np.ndarray, # (n,) score
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]: # precision, recall, threshold, from the strictest threshold to the loosest
-    "The precision-recall curve: how many of the images called are positive; how many of the positives are called."
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]: # precision, recall, threshold, strictest first
+    "The precision-recall curve: share of the called that are positive; of the positives that are called."
     tp, fp, cut = _counts_down(*drop_unknown(y, s))
     with np.errstate(invalid="ignore"):
         return tp / (tp + fp), tp / tp[-1], cut
