@@ -151,14 +151,14 @@ def _l2(s: CNNSpec):
 def _conv(s: CNNSpec, i: int, seed: int):
     "The `i`-th convolution, from 1."
     filters, side = s.conv[i - 1], s.kernels[i - 1]
-    common = dict(padding=s.padding, activation=None if s.norm else "relu", use_bias=not s.norm, name=f"conv{i}")
+    how = dict(padding=s.padding, activation=None if s.norm else "relu", use_bias=not s.norm, name=f"conv{i}")
     if s.separable and i > 1:
         return keras.layers.SeparableConv2D(
             filters, side, depthwise_initializer=_start(s, seed, "conv", i, "depth"),
             pointwise_initializer=_start(s, seed, "conv", i, "point"),
-            depthwise_regularizer=_l2(s), pointwise_regularizer=_l2(s), **common)
+            depthwise_regularizer=_l2(s), pointwise_regularizer=_l2(s), **how)
     return keras.layers.Conv2D(filters, side, strides=s.stride if i == 1 else 1, kernel_regularizer=_l2(s),
-                               kernel_initializer=_start(s, seed, "conv", i, "kernel"), **common)
+                               kernel_initializer=_start(s, seed, "conv", i, "kernel"), **how)
 
 def _dropout(s: CNNSpec, name: str, seed: int) -> list:
     drop = keras.layers.Dropout
@@ -169,11 +169,11 @@ def _block(s: CNNSpec, i: int, seed: int) -> tuple[list, list]:
     "The `i`-th convolution with its normalisation, and what follows its map: pooling and dropout."
     maps, after = [_conv(s, i, seed)], []
     if s.norm:
-        maps += [keras.layers.BatchNormalization(momentum=.9, name=f"norm{i}"), keras.layers.ReLU(name=f"relu{i}")]
+        maps += [keras.layers.BatchNormalization(momentum=.9, name=f"norm{i}"),
+                 keras.layers.ReLU(name=f"relu{i}")]
     if s.pools(i):
         after += [keras.layers.MaxPooling2D(2, name=f"pool{i}")]
-    if i % s.pool_every == 0:
-        after += _dropout(s, f"block{i}", seed)
+    if i % s.pool_every == 0: after += _dropout(s, f"block{i}", seed)
     return maps, after
 
 def _decide(s: CNNSpec, outputs: int, seed: int) -> list:
