@@ -1,6 +1,8 @@
-"""How long do honest intervals take? 25,000 images, 14 findings, 1,000 studies resampled by patient, against a plain loop over scikit-learn.
+"""How long do intervals by patient take? 25,000 images, 14 findings, 1,000 resampled studies, against a plain
+loop over scikit-learn.
 
-Run it with `python tests/bench_evaluation.py`; `make bench` collects the last line. The plain loop is run for a few resamples and scaled.
+Run it with `python tests/bench_evaluation.py`; `make bench` collects the last line. The plain loop is run for
+a few resamples and scaled.
 """
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The classical bar: patients stay together, nothing is learnt from test films, and the figure is remembered."""
+"""The classical baseline: patients stay together, nothing is learnt from test images, the AUC is kept."""
 import numpy as np
 import pandas as pd
 import pytest
@@ -44,7 +44,11 @@ def wards(films=8, patients=30):
                           (p, s) in enumerate(zip(who, sick))], ["A", "B"])
 
 
-@pytest.mark.parametrize("shape, side, pixels", [((3, 24, 20), 64, 480), ((3, 128, 96), 64, 64 * 48), ((3, 96, 128, 1), 32, 24 * 32), ((2, 300, 3), 30, 30)])
+SHAPES = [((3, 24, 20), 64, 480), ((3, 128, 96), 64, 64 * 48), ((3, 96, 128, 1), 32, 24 * 32),
+          ((2, 300, 3), 30, 30)]
+
+
+@pytest.mark.parametrize("shape, side, pixels", SHAPES)
 def test_rows(shape, side, pixels):
     films = np.full(shape, 128, np.uint8)
     assert flatten_images(films, side).shape == (shape[0], pixels)

@@ -1,10 +1,9 @@
 """Networks: the published counts, the contract, and what must be refused."""
 from dataclasses import replace
 
+import keras
 import numpy as np
 import pytest
-
-keras = pytest.importorskip("keras")
 
 from cxr_course.core import CourseError
 from cxr_course.models.cnn import (
@@ -93,7 +92,10 @@ def test_activations_are_asked_for_as_keras_wants_it(recwarn):
     assert not [w for w in recwarn if "structure of `inputs`" in str(w.message)]
 
 
-@pytest.mark.parametrize("padding, kernel, stride", [("valid", 3, 1), ("valid", 3, 2), ("valid", 5, 3), ("same", 3, 1), ("same", 5, 1)])
+WAYS = [("valid", 3, 1), ("valid", 3, 2), ("valid", 5, 3), ("same", 3, 1), ("same", 5, 1)]
+
+
+@pytest.mark.parametrize("padding, kernel, stride", WAYS)
 def test_numpy_convolution_equals_keras(padding, kernel, stride):
     x = np.random.default_rng(kernel).normal(size=(15, 12, 3)).astype("float32")
     layer = keras.layers.Conv2D(4, kernel, strides=stride, padding=padding)

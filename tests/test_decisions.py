@@ -1,4 +1,5 @@
-"Thresholds, calibration, net benefit and agreement against scikit-learn, dcurves, hand-worked cases and simulated studies."
+"""Thresholds, calibration, net benefit and agreement against scikit-learn, dcurves, hand-worked cases and
+simulated studies."""
 from __future__ import annotations
 
 import numpy as np
@@ -79,7 +80,7 @@ def test_thresholds_do_what_they_say_on_the_films_they_were_chosen_on():
         t = choose_threshold(p, "specificity", value)
         assert spec(t) >= value and max([sens(u) for u in every if spec(u) >= value]) == sens(t)
     for cost in (.1, 1, 7):
-        regret = lambda t: cost * (s[y == 1] < t).sum() + (s[y == 0] >= t).sum()
+        regret = lambda t, cost=cost: cost * (s[y == 1] < t).sum() + (s[y == 0] >= t).sum()
         assert regret(choose_threshold(p, "cost", cost)) == min(map(regret, every))
 
 
@@ -290,9 +291,13 @@ def small(labels, p, split="val"):
     return predictions_frame(labels, p, names=["N", "P"], patients=range(len(p)), split=split)
 
 
-@pytest.mark.parametrize("rule, value, cut", [("youden", None, .45), ("sensitivity", .5, .8), ("sensitivity", 1., .45), ("specificity", 1., .8), ("specificity", .6, .45), ("cost", .1, .8), ("cost", 5, .45)])
+CUTS = [("youden", None, .45), ("sensitivity", .5, .8), ("sensitivity", 1., .45), ("specificity", 1., .8),
+        ("specificity", .6, .45), ("cost", .1, .8), ("cost", 5, .45)]
+
+
+@pytest.mark.parametrize("rule, value, cut", CUTS)
 def test_a_threshold_lies_half_way_to_the_next_lower_score(rule, value, cut):
-    "By hand: sick .9 and .6, healthy .7, .3 and .2. The scores that are called end at .9 or at .6; the next lower ones are .7 and .3."
+    "By hand: sick .9 and .6, healthy .7, .3 and .2. Calls end at .9 or at .6; the next scores are .7 and .3."
     assert abs(choose_threshold(small(list("PNPNN"), [.9, .7, .6, .3, .2]), rule, value) - cut) < 1e-12
 
 
@@ -308,7 +313,8 @@ def test_choosing_needs_to_know_what_images_were_for():
         with pytest.raises(CourseError, match="no column `split`"): call(two().drop(columns="split"))
 
 
-# dcurves 1.1.7 (Python 3.11): dcurves.dca(data=DataFrame(dict(y=y, p=p)), outcome="y", modelnames=["p"], thresholds=[.05, .1, .2, .35, .5, .7])
+# dcurves 1.1.7 (Python 3.11): dcurves.dca(data=DataFrame(dict(y=y, p=p)), outcome="y", modelnames=["p"],
+# thresholds=[.05, .1, .2, .35, .5, .7])
 DCURVES = dict(
     y="000110100011100000001101100000011101010110000010000010110000",
     p=[

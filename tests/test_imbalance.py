@@ -1,11 +1,11 @@
-"""Losses for rare findings: the expected figures, the gradient by formula, unknown labels, Keras's own class weights, honest probabilities."""
+"""Losses for rare findings: the expected values, the gradient by formula, unknown labels, Keras's own class
+weights, probabilities that hold."""
 import json
 
+import keras
 import numpy as np
 import pandas as pd
 import pytest
-
-keras = pytest.importorskip("keras")
 import tensorflow as tf
 from scipy.special import expit, log_softmax, softmax
 
@@ -148,7 +148,11 @@ def test_softmax_focal_against_the_definition():
                       (w[y] * -log_softmax(z, axis=1)[np.arange(40), y]).mean(), rtol=1e-5)
 
 
-@pytest.mark.parametrize("loss", [SigmoidLoss([1, 2, 3], .5, 2., name="mine"), SoftmaxLoss([1, 2, 3], 1.), SigmoidLoss([1, 2, 3], .5, true_odds=True), SoftmaxLoss([1, 2, 3], true_odds=True)])
+SOME = [SigmoidLoss([1, 2, 3], .5, 2., name="mine"), SoftmaxLoss([1, 2, 3], 1.),
+        SigmoidLoss([1, 2, 3], .5, true_odds=True), SoftmaxLoss([1, 2, 3], true_odds=True)]
+
+
+@pytest.mark.parametrize("loss", SOME)
 def test_there_and_back(loss, tmp_path):
     y, z = (films()[0] if isinstance(loss, SigmoidLoss) else np.arange(40) % 3), films()[1]
     text = json.dumps(keras.saving.serialize_keras_object(loss))
@@ -201,7 +205,8 @@ def test_honest_undoes_weights_and_focus():
     assert (np.diff(focal) > 0).all() and np.isfinite(focal).all()
     # what is said makes the expected loss smallest at the truth
     for eta, said in zip(focal[::10], q[::10]):
-        risk = lambda s: eta * .25 * (1 - s) ** 2 * -np.log(s) + (1 - eta) * .75 * s ** 2 * -np.log(1 - s)
+        risk = lambda s, eta=eta: (eta * .25 * (1 - s) ** 2 * -np.log(s)
+                                   + (1 - eta) * .75 * s ** 2 * -np.log(1 - s))
         assert risk(said) <= min(risk(said - 1e-3), risk(said + 1e-3))
 
 
@@ -343,7 +348,7 @@ def test_the_real_lists_share_patients(real_data):
 
 
 def test_more_patients_let_more_findings_be_judged():
-    "Two hundred images of few patients can judge hardly anything; 450 people with one image each more than eight findings."
+    "Two hundred images of few patients judge hardly anything; 450 people with one each, eight findings."
     few, more = (population(n, seed=16, kind="nih", films=per) for n, per in ((75, (1, 4)), (450, (1, 1))))
     found = []
     for world in (few, more):
@@ -377,7 +382,7 @@ def fitted(x, y, loss):
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_weights_change_probabilities_and_not_the_ranking(seed):
-    "The claims of the lesson at a size where they hold: balanced weights say far too much, `undo_weighting` takes it back, and a moved threshold does what weights seem to do."
+    "Balanced weights say far too much, `undo_weighting` takes it back; a moved threshold does the same."
     x, y, taught = ward(.01, seed=seed)
     balanced, found = SigmoidLoss.from_labels(y[taught]), {}
     for name, loss in {"plain": SigmoidLoss(), "weighted": balanced}.items():

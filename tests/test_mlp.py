@@ -1,10 +1,9 @@
 """Dense networks: the published counts, the contract, and what saturation does."""
 from dataclasses import replace
 
+import keras
 import numpy as np
 import pytest
-
-keras = pytest.importorskip("keras")
 
 from cxr_course.core import CourseError, rng
 from cxr_course.frame import make_frame
