@@ -108,10 +108,10 @@ class Baseline:
         try:
             kept = json.loads(Path(path).read_text())
         except (OSError, ValueError) as e:
-            raise CourseError(f"the bar cannot be read ({e})", path,
+            raise CourseError(f"the baseline cannot be read ({e})", path,
                               "make it again with `classical_baseline`") from e
         if not isinstance(kept, dict) or set(kept) != set(cls.__dataclass_fields__):
-            raise CourseError("this is no bar", path, "make it with `classical_baseline`")
+            raise CourseError("this is no baseline", path, "make it with `classical_baseline`")
         return cls(**{k: float("nan") if v is None else v for k, v in kept.items()})
 
 # %% ../../nbs/library/models/baseline.ipynb #788bac21
@@ -122,7 +122,7 @@ def classical_baseline(
     n_folds: int = 4, # of the search
     seed: int = 0, # of folds and PCA
 ) -> Baseline: # from the cache if the same images were asked about before
-    "The bar for these images: fit the classical machine, read the test images, keep the value."
+    "The AUC to beat on these images: fit the classical model, predict the test images, keep the value."
     kept = cache_dir("bars") / f"{_mark(store, kind, side, n_folds, seed)}.json"
     if kept.exists():
         return Baseline.read(kept)

@@ -90,15 +90,16 @@ def feature_maps(
     return {layer.name: keras.ops.convert_to_numpy(m)[0] for layer, m in zip(part.layers, maps)}
 
 # %% ../../nbs/library/models/inspect.ipynb #64806554
-def _mosaic(grey: np.ndarray, title: str, cols: int) -> ImageSheet:
-    "Pictures (h, w, f) with values in [0, 1] side by side."
+def _mosaic(grey: np.ndarray, title: str, cols: int, inches: float) -> ImageSheet:
+    "Maps (h, w, f) with values in [0, 1] side by side, each so many inches wide."
     import matplotlib.pyplot as plt
     (h, w, f), cols, gap = grey.shape, min(cols, grey.shape[-1]), max(1, grey.shape[1] // 16)
     sheet = np.full((-(-f // cols) * (h + gap) - gap, cols * (w + gap) - gap), np.nan)
     for i in range(f):
         top, left = i // cols * (h + gap), i % cols * (w + gap)
         sheet[top:top + h, left:left + w] = grey[..., i]
-    fig, ax = plt.subplots(figsize=(6.5, 6.5 * sheet.shape[0] / sheet.shape[1] + .3), layout="constrained")
+    wide = cols * inches
+    fig, ax = plt.subplots(figsize=(wide, wide * sheet.shape[0] / sheet.shape[1] + .3), layout="constrained")
     ax.imshow(sheet, cmap=plt.get_cmap("gray").with_extremes(bad="#9fc5e0"), vmin=0, vmax=1,
               interpolation="nearest")
     ax.set_title(title, fontsize=9, loc="left")
@@ -110,12 +111,12 @@ def _mosaic(grey: np.ndarray, title: str, cols: int) -> ImageSheet:
 def show_feature_maps(
     maps: np.ndarray, # (h, w, f) every channel of one layer
     title: str = "", # one line above
-    cols: int = 16, # maps in a row
+    cols: int = 8, # maps in a row
 ) -> ImageSheet: # shows itself in a notebook
     "Every channel of a layer, each on its own grey scale; a channel that hardly answers stays black."
     low, high = maps.min(axis=(0, 1)), maps.max(axis=(0, 1))
     silent = high - low < .02 * (high - low).max()
-    return _mosaic(np.where(silent, 0, (maps - low) / np.where(silent, 1, high - low)), title, cols)
+    return _mosaic(np.where(silent, 0, (maps - low) / np.where(silent, 1, high - low)), title, cols, 1.4)
 
 # %% ../../nbs/library/models/inspect.ipynb #a613b1ef
 def show_filters(
@@ -128,7 +129,7 @@ def show_filters(
     kernel = first.get_weights()[0].mean(axis=2)
     grey = np.kron(.5 + .5 * kernel / abs(kernel).max(axis=(0, 1)), np.ones((16, 16, 1)))
     return _mosaic(grey, f"{first.name}: {kernel.shape[-1]} filters of "
-                   f"{kernel.shape[0]} x {kernel.shape[1]}, each on its own scale", cols)
+                   f"{kernel.shape[0]} x {kernel.shape[1]}, each on its own scale", cols, .55)
 
 # %% ../../nbs/library/models/inspect.ipynb #4789ec16
 def draw_network(
@@ -140,7 +141,7 @@ def draw_network(
               for layer in part.layers]
     fig, ax = plt.subplots(figsize=(5.6, .27 * (len(layers) + 1.5)), layout="constrained")
     size = lambda shape: " x ".join(str(d) for d in shape[1:])
-    rows = [("film", "", size(model.input_shape), None, "#FFFFFF"),
+    rows = [("image", "", size(model.input_shape), None, "#FFFFFF"),
             *((layer.name, type(layer).__name__, size(layer.output.shape), layer.count_params(), PALETTE[0]
                if part.name == "features" else PALETTE[1]) for layer, part in layers)]
     for y, (name, kind, shape, count, colour) in enumerate(rows):
@@ -155,7 +156,7 @@ def draw_network(
             ax.annotate("", (5, y - 0.38), (5, y - 0.62),
                         arrowprops=dict(arrowstyle="-|>", linewidth=0.8, color="black", mutation_scale=7))
     ax.set(xlim=(-.1, 10.1), ylim=(len(rows) - .5, -.6))
-    ax.set_title(f"{model.name}: {model.count_params():,} parameters; blue looks, orange decides", fontsize=9)
+    ax.set_title(f"{model.name}: {model.count_params():,} parameters; blue features, orange head", fontsize=9)
     ax.axis("off")
     plt.close(fig)
     return ImageSheet(fig)
