@@ -270,7 +270,7 @@ def test_columns_beside_the_findings_are_no_findings():
 
 def test_importing_is_light():
     done = subprocess.run([sys.executable, "-c",
-                           "import sys, cxr_course.exploration; print({m.split('.')[0] for m "
+                           "import sys, cxr_course.data.exploration; print({m.split('.')[0] for m "
                            "in sys.modules} & {'tensorflow', 'sklearn', 'matplotlib', 'joblib'})"],
                           capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"

@@ -12,6 +12,8 @@ import pytest
 from PIL import Image
 
 from cxr_course.core import CourseError
+from cxr_course.data import files as files_module
+from cxr_course.data import read as read_module
 from cxr_course.data.checks import check
 from cxr_course.data.duplicates import find_duplicates, thumbnail
 from cxr_course.data.exploration import glance, quick_read
@@ -309,7 +311,10 @@ def test_a_coloured_dicom_stops_nobody_without_being_named(tmp_path):
 # ---------------------------------------------------------------- damage, and mistakes of ours
 
 @pytest.mark.parametrize("mistake", [AttributeError, TypeError, ZeroDivisionError, NameError, AssertionError])
-@pytest.mark.parametrize("module, name, file", [(files, "_pil", "a.png"), (files, "_dicom", "a.dcm"), (images, "_show_plain", "a.png"), (images, "dicom_display", "a.dcm")])
+@pytest.mark.parametrize("module, name, file", [
+    (files_module, "_pil", "a.png"), (files_module, "_dicom", "a.dcm"),
+    (read_module, "_show_plain", "a.png"), (read_module, "dicom_display", "a.dcm"),
+])
 def test_a_mistake_of_ours_is_never_taken_for_a_bad_file(tmp_path, monkeypatch, module, name, file, mistake):
     def wrong(*a, **k): raise mistake("a typing error")
     Image.fromarray(EIGHT).save(tmp_path / "a.png")
@@ -320,7 +325,7 @@ def test_a_mistake_of_ours_is_never_taken_for_a_bad_file(tmp_path, monkeypatch, 
         with pytest.raises(mistake, match="typing error"): look(tmp_path / file)
     with pytest.raises(mistake, match="typing error"): check(f)
     with pytest.raises(mistake, match="typing error"): glance(f, skip_bad=True)
-    if module is files:
+    if module is files_module:
         (tmp_path / "t.csv").write_text("path,label\na.png,x\na.dcm,y\n")
         with pytest.raises(mistake, match="typing error"): load(tmp_path / "t.csv", skip_bad=True)
 

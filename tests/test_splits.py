@@ -33,7 +33,13 @@ def nameless(f):
     return regroup(f.assign(patient=None), "image")
 
 
-CODE = "import pandas as pd, sys; from cxr_course import core, splits; f = core.frame(pd.read_csv(sys.argv[1], dtype={'patient': str})); print(''.join(s[1] for s in splits.split(f, seed=3).sort_values('path')['split']))"
+CODE = """
+import pandas as pd, sys
+from cxr_course.data.splits import split_by_patient
+from cxr_course.frame import make_frame
+f = make_frame(pd.read_csv(sys.argv[1], dtype={"patient": str}))
+print("".join(s[1] for s in split_by_patient(f, seed=3).sort_values("path")["split"]))
+"""
 
 
 def test_same_split_in_other_processes_and_row_orders(tmp_path):

@@ -37,7 +37,7 @@ def leakage(
 
 # %% ../../nbs/lessons/04_splits.ipynb #fcfdb48d
 def refuse_leakage(
-    frame: pd.DataFrame | None = None, # one frame with its `split_by_patient` column, or
+    frame: pd.DataFrame | None = None, # one frame with its column `split`, or
     *unnamed: pd.DataFrame, # nothing: several frames are given by name
     **frames: pd.DataFrame, # several frames by name, for instance train=..., test=...
 ) -> None: # nothing; raises if a patient is in two of them
@@ -46,10 +46,10 @@ def refuse_leakage(
         raise CourseError(f"{len(unnamed) + 1 if unnamed else 0} frames "
                           "were given without saying which is which", None,
                           "refuse_leakage(train=one, test=other), or refuse_leakage(frame) "
-                          "for one frame with a column `split_by_patient`")
+                          "for one frame with a column `split`")
     if frame is not None:
         if not isinstance(frame, pd.DataFrame) or "split" not in frame:
-            raise CourseError("what was given has no column `split_by_patient`", None,
+            raise CourseError("what was given has no column `split`", None,
                               "cut it first with `split_by_patient`, or name "
                               "the parts: refuse_leakage(train=..., test=...)")
         frames = {**dict(tuple(frame.groupby("split"))), **frames}
@@ -115,7 +115,7 @@ def split_by_patient(
     # share of the films in each split; default .7 train, .1 val, .2 test
     fractions: Mapping[str, float] | None = None,
     seed: int = 0, # another seed, another split
-) -> pd.DataFrame: # the same rows in the same order, column `split_by_patient` filled
+) -> pd.DataFrame: # the same rows in the same order, column `split` filled
     "Split by patient, with each class or finding in its due share everywhere."
     shares = _shares(fractions or {"train": .7, "val": .1, "test": .2})
     code, keys, counts = _groups(frame)
@@ -128,14 +128,14 @@ def split_by_patient(
 
 # %% ../../nbs/lessons/04_splits.ipynb #91b4b853
 def hold_out(
-    frame: pd.DataFrame, # a frame whose `split_by_patient` says which films are the test
+    frame: pd.DataFrame, # a frame whose column `split` says which films are the test
     fraction: float = .2, # share of the films outside the test that goes to validation
     seed: int = 0, # another seed, another validation set
 ) -> pd.DataFrame: # the same rows; test untouched, the rest cut anew into train and val
     "Cut validation out of training by patient; the test films stay what they are."
     if frame["split"].isna().any():
         raise CourseError(f"{frame['split'].isna().sum()} of {len(frame)} films have no split yet",
-                          "column `split_by_patient`", "use `split_by_patient` to cut the whole frame")
+                          "column `split`", "use `split_by_patient` to cut the whole frame")
     if not 0 < fraction < 1: raise CourseError(f"fraction={fraction} is not between 0 and 1", None, "try .2")
     rest, cut = (frame["split"] != "test").to_numpy(), np.full(len(frame), "test", object)
     cut[rest] = split_by_patient(frame[rest], {"train": 1 - fraction, "val": fraction}, seed)["split"]
@@ -161,7 +161,7 @@ def official_split(
     frame: pd.DataFrame, # a frame of films
     # split name to file names (in a list, or a .txt or .json file), or one .json file of such
     lists: Mapping[str, str | Path | Iterable[str]] | str | Path,
-) -> pd.DataFrame: # the same rows, column `split_by_patient` from the lists
+) -> pd.DataFrame: # the same rows, column `split` from the lists
     "The split that a data set's makers published, as lists of file names."
     where: dict[str, str] = {}
     for name, given in (json.loads(_text(lists)) if isinstance(lists, (str, Path)) else lists).items():
