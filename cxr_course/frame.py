@@ -182,7 +182,7 @@ def _finding(values: pd.Series) -> pd.Series:
 def groups(
     frame: pd.DataFrame, # a frame of images or of predictions
 ) -> pd.Series: # one key a row; equal keys must never be separated
-    "The column `group` of a frame; raises if it is not decided for every image, or no longer fits the patients."
+    "The column `group` of a frame; raises if it is undecided for an image or no longer fits the patients."
     if "group" not in frame: frame = regroup(frame)
     missing = frame["group"].isna()
     if missing.any():

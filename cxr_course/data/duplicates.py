@@ -20,12 +20,12 @@ __all__ = ['find_duplicates', 'thumbnail', 'seen_as', 'near_pairs']
 
 # %% ../../nbs/library/data/duplicates.ipynb #51f9da63
 def find_duplicates(
-    a: pd.DataFrame, # a frame of films
+    a: pd.DataFrame, # a frame of images
     b: pd.DataFrame, # another one
-    near: bool = False, # also look for the same picture in another file: decodes every film
-) -> pd.DataFrame: # one row a pair: `one`, `other` (paths), `alike` (1 for equal files, else the correlation of the thumbnails)
-    "The same picture on both sides, whatever its file is called."
-    # pictures inside an .npz have no file of their own
+    near: bool = False, # also look for the same image in another file: decodes every image
+) -> pd.DataFrame: # one row a pair: `one`, `other` (paths), `alike` (1, or the thumbnails' correlation)
+    "The same image on both sides, whatever its file is called."
+    # images inside an .npz have no file of their own
     files = lambda df: [p for p in df["path"] if "::" not in p]
     one, other = (pd.Series([Path(p).stat().st_size for p in files(df)], index=files(df), dtype=int)
                   for df in (a, b))
@@ -40,7 +40,7 @@ def find_duplicates(
 
 # %% ../../nbs/library/data/duplicates.ipynb #ba02d824
 def _lookalikes(a: pd.DataFrame, b: pd.DataFrame) -> pd.DataFrame:
-    "Pairs across two frames that show the same picture."
+    "Pairs across two frames that show the same image."
     paths = np.array([*a["path"], *b["path"]], object)
     with ThreadPoolExecutor() as pool:
         small = np.stack(list(progress(pool.map(thumbnail, paths), "thumbnails", len(paths))))

@@ -81,7 +81,7 @@ def blame_file(
     words: str, # what is said about it, before the library's own words
     remedy: str = TRY_AGAIN, # what to do
 ) -> Iterator[None]:
-    "Turn what a format's library raises inside the block into a `CourseError` that names the file; our own mistakes pass through."
+    "Turn what a format's library raises into a `CourseError` that names the file; our mistakes pass."
     what = kind(path)
     try:
         yield
@@ -248,6 +248,6 @@ def decode(
     path: str | Path, # an image file
     # (h, w): a large JPEG may come at 1/2, 1/4 or 1/8 of its size, but not below this
     at_least: tuple[int, int] | None = None,
-): # what the format's own library makes of it (PIL image, pydicom data set, nibabel image, array), pixels loaded
+): # PIL image, pydicom data set, nibabel image or array, pixels loaded
     "Decode an image completely, or say what is wrong with it."
     return _open(path, at_least, header=False)[1]

@@ -31,7 +31,7 @@ def parse_name(
     name: str, # the name of a file, with or without folders
     split: str | None = None, # the folder it lay in; without it a Kaggle person is nobody
 ) -> dict: # `scheme`, `patient`, `study`, `cause`, `number`; None where the name does not say
-    "What the name of a film truly says; what it does not say stays None."
+    "What the name of an image truly says; what it does not say stays None."
     stem = str(name).replace("\\", "/").rsplit("/", 1)[-1].split(".")[0]
     said = dict(scheme=None, patient=None, study=None, cause=None, number=None)
     for pattern, scheme in _NAMES:

@@ -201,7 +201,7 @@ def rows_of(
     what: str, # its layout
     classes: int | None = None, # 2 or 3, where a set can be asked for both
     columns: dict[str, str] | None = None, # for a table: its own names of the columns
-) -> tuple[pd.DataFrame, list[str] | None]: # one row an image; the classes in order, None if the layout does not know them
+) -> tuple[pd.DataFrame, list[str] | None]: # one row an image; the classes in order, if known
     "The rows of a data set of a known layout."
     root, labels = data_root(path) if path.is_dir() else path.parent, None
     if what in ("kaggle", "mendeley"):
