@@ -85,11 +85,9 @@ def blame_file(
     what = kind(path)
     try:
         yield
-    except CourseError:
-        raise
+    except CourseError: raise
     except (AttributeError, TypeError) as e:
-        if not _in_library(e):
-            raise
+        if not _in_library(e): raise
         raise CourseError(f"{words} ({e or type(e).__name__})", path, remedy) from e
     except damage(what) as e:
         raise CourseError(f"{words} ({e or type(e).__name__})", path, remedy) from e
@@ -126,7 +124,6 @@ def _need(module: str, path):
         raise CourseError(f"reading this file needs the package {module}", path,
                           "pip install 'cxr-course[dicom]'") from e
 
-# %% ../../nbs/library/data/files.ipynb #bb1eab07
 def _pil(path: str, at_least, header: bool):
     "Shape and PIL image of a PNG, JPEG or TIFF file."
     from PIL import Image, ImageOps
@@ -166,7 +163,7 @@ def _dicom(path: str, at_least, header: bool):
         ds.pixel_array
     except (RuntimeError, NotImplementedError) as e:
         syntax = ds.file_meta.TransferSyntaxUID.name
-        raise CourseError(f"its pixels are compressed as {syntax}, " "and no installed decoder reads that",
+        raise CourseError(f"its pixels are compressed as {syntax}, and no installed decoder reads that",
                           path, "pip install pylibjpeg pylibjpeg-openjpeg; for the "
                           "older JPEG kinds pylibjpeg-libjpeg or python-gdcm as well") from e
     return shape, ds

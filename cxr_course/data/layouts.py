@@ -88,7 +88,7 @@ def table_columns(table: Path) -> set[str]:
                           "it should be a CSV file with a line of column names") from e
 
 def is_nih_table(table: Path) -> bool:
-    "Whether a table is NIH's own, or the one of system B's assignment."
+    "Whether a table is NIH's own, or the one of the well-known course assignment."
     head = table_columns(table)
     return {"Image Index", "Finding Labels",
             "Patient ID"} <= head and "Fracture" not in head or {"Image", "PatientId"} <= head

@@ -16,12 +16,14 @@ from .files import decode
 __all__ = ['IDENTITY', 'identity_tags', 'strip_identity']
 
 # %% ../../nbs/library/data/privacy.ipynb #1aced29e
-IDENTITY = tuple("""PatientID IssuerOfPatientID OtherPatientIDs PatientAddress PatientTelephoneNumbers PatientComments
+IDENTITY = tuple("""
+PatientID IssuerOfPatientID OtherPatientIDs PatientAddress PatientTelephoneNumbers PatientComments
 PatientInsurancePlanCodeSequence MilitaryRank EthnicGroup Occupation AdditionalPatientHistory
 AccessionNumber StudyID StudyDescription SeriesDescription ProtocolName RequestedProcedureDescription
-RequestedProcedureID PerformedProcedureStepID PerformedProcedureStepDescription ScheduledProcedureStepID ImageComments
-InstitutionName InstitutionAddress InstitutionalDepartmentName StationName
-DeviceSerialNumber DetectorID PlateID CassetteID RequestAttributesSequence OtherPatientIDsSequence""".split())
+RequestedProcedureID PerformedProcedureStepID PerformedProcedureStepDescription ScheduledProcedureStepID
+ImageComments InstitutionName InstitutionAddress InstitutionalDepartmentName StationName DeviceSerialNumber
+DetectorID PlateID CassetteID RequestAttributesSequence OtherPatientIDsSequence
+""".split())
 
 def identity_tags(
     source, # a DICOM file, or a pydicom data set

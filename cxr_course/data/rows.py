@@ -98,7 +98,7 @@ def _nih_official(table: pd.DataFrame, where) -> pd.DataFrame:
     return df
 
 def _nih_columns(table: pd.DataFrame, where) -> pd.DataFrame:
-    "One column a finding, as in the assignment of system B."
+    "One column a finding, as in the well-known course assignment."
     if missing := [f for f in FINDINGS if f not in table]:
         raise CourseError(f"the table has no column {missing[0]!r}", where,
                           "a table with one column a finding names all fourteen")

@@ -24,7 +24,7 @@ def draw_image(
     row, # one row of a world (a Series, a namedtuple or a dict)
     shape: tuple[int, int] | None = None, # rows, columns; default: the row's own height and width
     masks: bool = False, # also return the truth
-) -> np.ndarray | tuple[np.ndarray, dict]: # (h, w) in [0, 1]; with masks also {'lungs', 'heart', finding: (h, w)}
+) -> np.ndarray | tuple[np.ndarray, dict]: # (h, w) in [0, 1], and masks {'lungs', 'heart', finding: (h, w)}
     "Take one image: this patient, pose, hospital, these findings. Same row, same bytes."
     row = row._asdict() if hasattr(row, "_asdict") else dict(row)
     key, found = (row["seed"], row["patient"]), _found(row)
