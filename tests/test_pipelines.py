@@ -1,4 +1,4 @@
-"""What chapter 06 promises and does not show: concurrency, changed files, odd inputs, the real set."""
+"""Stores and streams: concurrency, changed files, odd inputs, the real set."""
 import errno
 import os
 import subprocess
@@ -196,7 +196,7 @@ def test_all_bad_films_in_one_error(films, tmp_path):
 def test_two_builders_at_once(films, tmp_path):
     for i in range(20):
         with ThreadPoolExecutor(3) as pool:
-            a, b, c = pool.map(lambda _: build_store(films, (12, 10), tmp_path / f"store{i}"), range(3))
+            a, b, c = pool.map(lambda _, i=i: build_store(films, (12, 10), tmp_path / f"store{i}"), range(3))
         assert (
             (a.images == b.images).all()
             and (b.images == c.images).all()
@@ -292,7 +292,7 @@ def test_bytes_become_numbers_in_one_way(films, tmp_path):
 
 
 def test_another_engine_decodes_the_same_store(films, tmp_path, monkeypatch):
-    "Shards that somebody else decodes, in any order of work, make the same bytes; a shard that is done is not asked for again."
+    "Shards decoded elsewhere, in any order, make the same bytes; a finished shard is not asked for again."
     monkeypatch.setattr(building_module, "SHARD", 8)
     asked = []
     def elsewhere(shards, shape):
@@ -348,7 +348,9 @@ def test_stream_repeats_and_normalises(films):
     assert sum(len(x) for x, _ in to_dataset(s, None)) == 40
 
 
-@pytest.mark.skipif(not (REAL / "kaggle").exists(), reason=f"the real data are not at {REAL} (set CXR_COURSE_REAL_DATA)")
+@pytest.mark.skipif(
+    not (REAL / "kaggle").exists(), reason=f"the real data are not at {REAL} (set CXR_COURSE_REAL_DATA)"
+)
 def test_the_real_kaggle_folder_killed_half_way(tmp_path):
     from cxr_course.data.loading import load
     f = load(REAL / "kaggle" / "chest_xray", sizes=False)
