@@ -12,17 +12,17 @@ from pathlib import Path
 import pandas as pd
 
 from ..core import CourseError, atomic
-from .exploration import Glances, cooccurrence, counts, glance, prevalence
+from .exploration import ImageFeatures, cooccurrence, count_images, image_features, prevalence
 from cxr_course.data.exploration_plots import (
     plot_cooccurrence, plot_counts, plot_patients, plot_prevalence, plot_shares, plot_shortcuts,
 )
 from .image_plots import plot_average, plot_brightness, plot_sizes, show_classes
-from .shortcuts import NothingToSearch, shortcuts
+from .shortcuts import NothingToSearch, find_shortcuts
 from ..frame import Task, regroup
 from ..page import embed, page, table_html
 
 # %% auto #0
-__all__ = ['overview']
+__all__ = ['write_overview']
 
 # %% ../../nbs/library/data/exploration_page.ipynb #e2b0658a
 _PEOPLE = ("view", "source", "sex", "age", "width")
@@ -32,7 +32,7 @@ _STAND_IN = "; where no patient is known, the study, or else the image, counts a
 
 def _of_table(frame: pd.DataFrame) -> Iterator[tuple[str, str, pd.DataFrame | None, Callable]]:
     "Sections that need the table alone: title, one line, table or None, what draws."
-    yield "Images", "By split and class.", counts(frame), lambda: plot_counts(frame)
+    yield "Images", "By split and class.", count_images(frame), lambda: plot_counts(frame)
     if frame["patient"].notna().any():
         words = "A set is as large as its number of patients."
         yield "Images of one patient", words, None, lambda: plot_patients(frame)
@@ -42,7 +42,7 @@ def _of_table(frame: pd.DataFrame) -> Iterator[tuple[str, str, pd.DataFrame | No
     if Task.of(frame).findings:
         yield "Findings that come together", "", cooccurrence(frame), lambda: plot_cooccurrence(frame)
 
-def _sections(frame: pd.DataFrame, glances: Glances | None, target, found: pd.DataFrame | None):
+def _sections(frame: pd.DataFrame, glances: ImageFeatures | None, target, found: pd.DataFrame | None):
     "All sections in the order of the lesson."
     yield from _of_table(frame)
     if glances is not None:
@@ -63,11 +63,11 @@ def _line(kind: str, text: str) -> str:
     return f'<p class="{kind}">{html.escape(text)}</p>'
 
 def _verdicts(
-    frame: pd.DataFrame, glances: Glances | None, target: str | None
+    frame: pd.DataFrame, glances: ImageFeatures | None, target: str | None
 ) -> tuple[pd.DataFrame | None, list[str]]:
     "The search for shortcuts, if there can be one, and what the page says about it."
     try:
-        found = shortcuts(frame, glances, target)
+        found = find_shortcuts(frame, glances, target)
     except NothingToSearch as e:
         return None, [_line("quiet", f"No search for shortcuts: {e}")]
     loud = [_line("alarm" if r.suspicious else "quiet", r.verdict) for r in found.itertuples()
@@ -80,7 +80,7 @@ def _write_csv(rows: pd.DataFrame, file: Path) -> None:
     rows.to_csv(file, index=not isinstance(rows.index, pd.RangeIndex))
 
 # %% ../../nbs/library/data/exploration_page.ipynb #e130765c
-def overview(
+def write_overview(
     # a frame of images; those without a patient count each for itself, and the page says so
     frame: pd.DataFrame,
     folder: str | Path, # to write; must not be there yet
@@ -95,7 +95,7 @@ def overview(
         raise CourseError("it is there already and is never overwritten", folder, "name another folder")
     if "group" not in frame or frame["group"].isna().any():
         frame = regroup(frame, "image")
-    g = glance(frame, skip_bad=skip_bad) if pixels else None
+    g = image_features(frame, skip_bad=skip_bad) if pixels else None
     found, verdicts = _verdicts(frame, g, target)
     people, nobody = frame["patient"].nunique(), frame["patient"].isna().sum()
     said = f"{len(frame):,} images; {people:,} patients known, {nobody:,} images without one."
