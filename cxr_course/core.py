@@ -61,7 +61,7 @@ def expect(
 # %% ../nbs/library/core.ipynb #2ecdefea
 RUN_SIZES = ("tiny", "sample", "full")
 
-def run_size() -> str: # one of SIZES
+def run_size() -> str: # one of RUN_SIZES
     "How large this run may be: the environment variable `CXR_COURSE_SIZE`, or `sample`."
     chosen = os.environ.get("CXR_COURSE_SIZE", "sample")
     if chosen not in RUN_SIZES:
@@ -143,7 +143,7 @@ def progress(
     items: Iterable, # what to go through
     what: str, # what is being done, for the reader
     total: int | None = None, # how many there are, if `items` cannot say
-    unit: str = "film", # what one item is
+    unit: str = "image", # what one item is
 ) -> Iterable: # the same items
     "Go through items with a progress bar where somebody is there to see it."
     if os.environ.get("CXR_COURSE_QUIET"): return items
@@ -158,7 +158,7 @@ def headline(
     value: float | int | str, # the figure
     interval: tuple[float, float] | None = None, # from, to
 ) -> None: # printed, and collected by the runner
-    "Print a chapter's headline figure in the one form that the runner collects."
+    "Print a lesson's headline value in the one form that the runner collects."
     text = lambda v: f"{v:.3g}" if isinstance(v, (float, np.floating)) else str(v)
     print(f"headline: {what} {text(value)}" + (f" ({text(interval[0])} to {text(interval[1])})" if interval
                                                else ""))

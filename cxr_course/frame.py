@@ -39,7 +39,7 @@ class Task:
         if not said:
             raise CourseError("the frame does not say which of its columns are findings",
                               f"columns: {', '.join(map(str, frame.columns))}",
-                              "make it with frame(rows, findings=[...]), or give it a column `label`")
+                              "make it with make_frame(rows, findings=[...]), or give it a column `label`")
         return cls(tuple(said), "findings")
 
     @property
@@ -162,7 +162,7 @@ def _said(df: pd.DataFrame, findings: Iterable[str] | None) -> None:
     said, had = list(findings or ()), ", ".join(map(str, df.columns))
     if not said:
         raise CourseError("a frame needs a column `label`, or to be told which columns are findings",
-                          f"columns: {had}", "frame(rows, findings=['Effusion', ...])")
+                          f"columns: {had}", "make_frame(rows, findings=['Effusion', ...])")
     if absent := [c for c in said if c not in df]:
         raise CourseError(f"there is no column {absent[0]!r}", f"columns: {had}",
                           "name findings as the table names them")
@@ -182,7 +182,7 @@ def _finding(values: pd.Series) -> pd.Series:
 def groups(
     frame: pd.DataFrame, # a frame of images or of predictions
 ) -> pd.Series: # one key a row; equal keys must never be separated
-    "The column `group` of a frame; raises if it is not decided for every image, or no longer fits the patients."
+    "The column `group` of a frame; raises if it is undecided for an image or no longer fits the patients."
     if "group" not in frame: frame = regroup(frame)
     missing = frame["group"].isna()
     if missing.any():

@@ -70,10 +70,10 @@ def source(
 
 # %% ../nbs/library/show.ipynb #aa6dfa8e
 class ImageSheet:
-    "A figure of films: a matplotlib Figure that shows itself in a notebook as a compact JPEG."
+    "A figure of images: a matplotlib Figure that shows itself in a notebook as a compact JPEG."
     def __init__(self, figure): self.figure = figure
     def __getattr__(self, name): return getattr(self.__dict__["figure"], name)
-    def __repr__(self): return f"a sheet of {len(self.figure.axes)} films"
+    def __repr__(self): return f"a sheet of {len(self.figure.axes)} images"
     def _repr_jpeg_(self):
         file = io.BytesIO()
         self.figure.savefig(file, format="jpeg", dpi=80, pil_kwargs={"quality": 78})
@@ -84,13 +84,13 @@ class ImageSheet:
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#CC79A7", "#F0E442", "#000000")
 
 def show_images(
-    films: Iterable[np.ndarray], # pictures (h, w) with values in [0, 1]
+    films: Iterable[np.ndarray], # images (h, w) with values in [0, 1]
     titles: Iterable[str] | None = None, # one line above each
-    cols: int = 4, # pictures in a row
+    cols: int = 4, # images in a row
     height: float = 2.2, # inches a row
     masks: Iterable[np.ndarray | None] | None = None, # (h, w) bool, drawn as an outline
 ) -> ImageSheet: # shows itself; everything a matplotlib Figure can do, it can
-    "Films side by side, in grey, never stretched, with the outline of a mask where one is given."
+    "Images side by side, in grey, never stretched, with the outline of a mask where one is given."
     import matplotlib.pyplot as plt
     films = list(films)
     cols, rows = min(cols, len(films)), -(-len(films) // cols)

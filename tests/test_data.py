@@ -1,4 +1,4 @@
-"""Chapter 02 where it is no lesson: folders and tables of every sort, planted archives, a server that breaks off, and the real films."""
+"""Reading data sets: folders and tables of every sort, planted archives, a broken download, real images."""
 import http.server
 import io
 import os
@@ -48,21 +48,29 @@ def folders(root, film, *names):
 
 # ---------------------------------------------------------------- names
 
-@pytest.mark.parametrize("name, split, patient, study, cause", [
-    ("NORMAL-28501-0001.jpeg", None, "28501", None, None),
-    ("BACTERIA-28501-0002.jpeg", "test", "28501", None, None),
-    ("chest_xray/train/PNEUMONIA/VIRUS-28501-0003.jpeg", None, "28501", None, "virus"),
-    ("person1946_bacteria_4874.jpeg", "val", "train-1946", None, "bacteria"),
-    ("person1_virus_6.jpeg", "test", "test-1", None, "virus"),
-    ("person1949_virus_2431_1.jpeg", "train", "train-1949", None, "virus"),
-    ("person1_virus_6.jpeg", None, None, None, "virus"),
-    ("IM-0115-0001.jpeg", "train", None, "train-IM-0115", None),
-    ("IM-0003-0001-0002.jpeg", "test", None, "test-IM-0003", None),
-    ("NORMAL2-IM-1427-0001.jpeg", "val", None, "train-IM-1427", None),
-    ("00008270_015.png", None, "00008270", None, None),
-    ("COVID-101.png", "train", None, None, None), ("010.png", None, None, None, None), ("Normal-10009.png", None, None, None, None),
-    ("person_virus_.jpeg", "train", None, None, None), ("8270_015.png", None, None, None, None), ("", None, None, None, None), ("C:\\films\\00008270_015.png", None, "00008270", None, None),
-])
+@pytest.mark.parametrize(
+    "name, split, patient, study, cause",
+    [
+        ("NORMAL-28501-0001.jpeg", None, "28501", None, None),
+        ("BACTERIA-28501-0002.jpeg", "test", "28501", None, None),
+        ("chest_xray/train/PNEUMONIA/VIRUS-28501-0003.jpeg", None, "28501", None, "virus"),
+        ("person1946_bacteria_4874.jpeg", "val", "train-1946", None, "bacteria"),
+        ("person1_virus_6.jpeg", "test", "test-1", None, "virus"),
+        ("person1949_virus_2431_1.jpeg", "train", "train-1949", None, "virus"),
+        ("person1_virus_6.jpeg", None, None, None, "virus"),
+        ("IM-0115-0001.jpeg", "train", None, "train-IM-0115", None),
+        ("IM-0003-0001-0002.jpeg", "test", None, "test-IM-0003", None),
+        ("NORMAL2-IM-1427-0001.jpeg", "val", None, "train-IM-1427", None),
+        ("00008270_015.png", None, "00008270", None, None),
+        ("COVID-101.png", "train", None, None, None),
+        ("010.png", None, None, None, None),
+        ("Normal-10009.png", None, None, None, None),
+        ("person_virus_.jpeg", "train", None, None, None),
+        ("8270_015.png", None, None, None, None),
+        ("", None, None, None, None),
+        ("C:\\films\\00008270_015.png", None, "00008270", None, None),
+    ],
+)
 def test_names(name, split, patient, study, cause):
     said = parse_file_name(name, split)
     if name.startswith("BACTERIA"): cause = "bacteria"
@@ -111,7 +119,9 @@ def test_without_truth_normals_have_a_study_and_no_patient(kaggle, tmp_path):
                          "patient"]) & set(f.loc[(f["split"] != "test") & ~normal, "patient"])
 
 
-@pytest.mark.parametrize("kind, layout", [("pneumonia", "mendeley"), ("covid", "covid"), ("nih", "nih"), ("pneumonia", "dicom")])
+@pytest.mark.parametrize(
+    "kind, layout", [("pneumonia", "mendeley"), ("covid", "covid"), ("nih", "nih"), ("pneumonia", "dicom")]
+)
 def test_the_phantom_is_read_back(tmp_path, kind, layout):
     if layout == "dicom": pytest.importorskip("pydicom")
     w = population(patients=10, seed=3, kind=kind, pixels=48)
@@ -227,7 +237,7 @@ def test_whether_images_of_nobody_count_singly_is_decided_at_loading(tmp_path, f
 
 
 def test_damaged_tags_of_a_person_are_a_bad_file(tmp_path):
-    pydicom = pytest.importorskip("pydicom")
+    pytest.importorskip("pydicom")
     heap = write_dataset(population(patients=2, seed=1, pixels=48), tmp_path / "x", "dicom")
     file = sorted(heap.rglob("*.dcm"))[0]
     raw = file.read_bytes()
@@ -245,7 +255,15 @@ def test_numbers_as_labels_and_other_names_of_splits(tmp_path, film):
     assert list(Task.of(f).names) == ["0", "1"] and f["split"].tolist() == ["val", "train"]
 
 
-@pytest.mark.parametrize("text, words", [("", "cannot be read"), ("path,label\n", "no images"), ("path,label\n,NORMAL\n", "names no file"), ("file,label\na.png,NORMAL\n", "no column 'path'(.|\n)*columns=")])
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("", "cannot be read"),
+        ("path,label\n", "no images"),
+        ("path,label\n,NORMAL\n", "names no file"),
+        ("file,label\na.png,NORMAL\n", "no column 'path'(.|\n)*columns="),
+    ],
+)
 def test_tables_that_cannot_be_used(tmp_path, text, words):
     (tmp_path / "t.csv").write_text(text)
     with pytest.raises(CourseError, match=words): load_dataset(tmp_path / "t.csv")
@@ -445,7 +463,9 @@ def evil_zip(path, name, content=b"x", mode=0):
     return path
 
 
-@pytest.mark.parametrize("name", ["../x.txt", "a/../../x.txt", "/etc/x.txt", "C:/x.txt", "..\\x.txt", "a/..\\..\\x.txt"])
+@pytest.mark.parametrize(
+    "name", ["../x.txt", "a/../../x.txt", "/etc/x.txt", "C:/x.txt", "..\\x.txt", "a/..\\..\\x.txt"]
+)
 def test_nothing_is_written_outside(tmp_path, name):
     with pytest.raises(CourseError, match="outside(.|\n)*evil.zip"):
         unpack(evil_zip(tmp_path / "evil.zip", name), tmp_path / "into")
@@ -603,7 +623,7 @@ def test_real_kaggle(real_data):
 def test_real_nih(real_data):
     start = time.perf_counter()
     full = load_dataset(real_data / "nih" / "labels" / "Data_Entry_2017_v2020.csv.gz")
-    r = check_dataset(full, pixels=False, against="nih")
+    check_dataset(full, pixels=False, against="nih")
     assert time.perf_counter() - start < 15
     assert (
         len(full) == 112120

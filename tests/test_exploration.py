@@ -1,5 +1,4 @@
-"""What chapter 03 promises and does not show: odd frames, other formats, broken writes, real sets."""
-import os
+"""Data exploration: odd frames, other formats, broken writes, real sets."""
 import re
 import subprocess
 import sys
@@ -28,7 +27,7 @@ from cxr_course.frame import make_frame, regroup
 
 
 def people(n=120, seed=0, **columns):
-    "A frame without films: n patients, one to four films each; columns are functions of (generator, label of each film, patient of each film)."
+    "A frame without files: n patients, one to four images each; columns: f(generator, labels, patients)."
     g = rng("people", seed)
     who = np.repeat(np.arange(n), g.integers(1, 5, n))
     label = np.where(g.random(n) < .5, "ill", "healthy")[who]
@@ -223,12 +222,13 @@ def test_every_plot_is_a_figure_and_none_is_left_open(drawn):
 def test_the_page_needs_nothing_but_itself(drawn, tmp_path):
     page = write_overview(drawn.assign(view=["AP", "PA"] * 40), tmp_path / "page", title="Eighty <b> films")
     text = page.read_text(encoding="utf-8")
-    assert re.findall(r"(?:src|href)='(?!data:)",
-                      text) == [] and "prefers-color-scheme:dark" in text and "Eighty &lt;b&gt; films" in text
+    assert re.findall(r"""(?:src|href)=["'](?!data:)""",
+                      text) == [] and "color-scheme: light dark" in text and "Eighty &lt;b&gt; films" in text
+    assert "prefers-color-scheme: dark" in text
     assert (
-        "class='alarm'" in text
+        'class="alarm"' in text
         and "corner patches" in text
-        and text.count("<figure>") == text.count("<h2>") >= 8
+        and text.count("<figure>") == text.count("<h2") >= 8
     )
     assert pd.read_csv(page.parent / "shortcuts.csv").set_index("shortcut").loc["corners", "suspicious"]
     with pytest.raises(CourseError, match="never overwritten"): write_overview(drawn, tmp_path / "page")
@@ -270,7 +270,7 @@ def test_columns_beside_the_findings_are_no_findings():
 
 def test_importing_is_light():
     done = subprocess.run([sys.executable, "-c",
-                           "import sys, cxr_course.exploration; print({m.split('.')[0] for m "
+                           "import sys, cxr_course.data.exploration; print({m.split('.')[0] for m "
                            "in sys.modules} & {'tensorflow', 'sklearn', 'matplotlib', 'joblib'})"],
                           capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"

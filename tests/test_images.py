@@ -1,5 +1,4 @@
-"""Chapter 04 where it is no lesson: every sort of bad file, odd files that must work, and the real films."""
-import io
+"""Reading images: every sort of bad file, odd files that must work, and real images."""
 import os
 import struct
 import sys
@@ -12,6 +11,8 @@ import pytest
 from PIL import Image
 
 from cxr_course.core import CourseError
+from cxr_course.data import files as files_module
+from cxr_course.data import read as read_module
 from cxr_course.data.checks import check_dataset
 from cxr_course.data.duplicates import find_duplicates, thumbnail
 from cxr_course.data.exploration import image_features, quick_read
@@ -175,7 +176,15 @@ def test_window_agrees_with_pydicom(tmp_path, shape):
     assert np.abs(read_image(p) - apply_voi_lut(ds.pixel_array, ds) / 65535).max() < 1e-4
 
 
-@pytest.mark.parametrize("photometric, shape, inverted", [("MONOCHROME1", None, True), ("MONOCHROME1", "INVERSE", True), ("MONOCHROME2", "INVERSE", True), ("MONOCHROME2", "IDENTITY", False)])
+@pytest.mark.parametrize(
+    "photometric, shape, inverted",
+    [
+        ("MONOCHROME1", None, True),
+        ("MONOCHROME1", "INVERSE", True),
+        ("MONOCHROME2", "INVERSE", True),
+        ("MONOCHROME2", "IDENTITY", False),
+    ],
+)
 def test_one_inversion(tmp_path, photometric, shape, inverted):
     p = dicom(tmp_path / "a.dcm", STORED, PhotometricInterpretation=photometric, WindowCenter="2000",
               WindowWidth="4000", VOILUTFunction="LINEAR_EXACT",
@@ -227,7 +236,13 @@ def test_dicom_whose_pixels_are_cut(tmp_path):
     with pytest.raises(CourseError, match="damaged DICOM(.|\n)*a.dcm"): read_image(p)
 
 
-@pytest.mark.parametrize("module, make", [("pydicom", lambda f: dicom(f / "a.dcm", STORED)), ("nibabel", lambda f: nifti(f / "a.nii", EIGHT.T.astype(np.int16)))])
+@pytest.mark.parametrize(
+    "module, make",
+    [
+        ("pydicom", lambda f: dicom(f / "a.dcm", STORED)),
+        ("nibabel", lambda f: nifti(f / "a.nii", EIGHT.T.astype(np.int16))),
+    ],
+)
 def test_without_the_extra_package(tmp_path, monkeypatch, module, make):
     p = make(tmp_path)
     monkeypatch.setitem(sys.modules, module, None)
@@ -251,7 +266,7 @@ ODD = {"inverse": (4000 - STORED, dict(PresentationLUTShape="INVERSE", **WINDOW)
 
 @pytest.mark.parametrize("case", ODD)
 def test_whoever_looks_at_a_dicom_file_sees_the_same(tmp_path, case):
-    "What a network is trained on, what exploration measures and what the search for near-duplicates compares."
+    "What a network is trained on, what exploration measures and what the search for duplicates compares."
     stored, tags = ODD[case]
     x = read_image(dicom(tmp_path / "a.dcm", stored.astype(stored.dtype), **tags))
     # bones are white, whatever the file asks for
@@ -309,7 +324,10 @@ def test_a_coloured_dicom_stops_nobody_without_being_named(tmp_path):
 # ---------------------------------------------------------------- damage, and mistakes of ours
 
 @pytest.mark.parametrize("mistake", [AttributeError, TypeError, ZeroDivisionError, NameError, AssertionError])
-@pytest.mark.parametrize("module, name, file", [(files, "_pil", "a.png"), (files, "_dicom", "a.dcm"), (images, "_show_plain", "a.png"), (images, "dicom_display", "a.dcm")])
+@pytest.mark.parametrize("module, name, file", [
+    (files_module, "_pil", "a.png"), (files_module, "_dicom", "a.dcm"),
+    (read_module, "_show_plain", "a.png"), (read_module, "dicom_display", "a.dcm"),
+])
 def test_a_mistake_of_ours_is_never_taken_for_a_bad_file(tmp_path, monkeypatch, module, name, file, mistake):
     def wrong(*a, **k): raise mistake("a typing error")
     Image.fromarray(EIGHT).save(tmp_path / "a.png")
@@ -320,7 +338,7 @@ def test_a_mistake_of_ours_is_never_taken_for_a_bad_file(tmp_path, monkeypatch, 
         with pytest.raises(mistake, match="typing error"): look(tmp_path / file)
     with pytest.raises(mistake, match="typing error"): check_dataset(f)
     with pytest.raises(mistake, match="typing error"): image_features(f, skip_bad=True)
-    if module is files:
+    if module is files_module:
         (tmp_path / "t.csv").write_text("path,label\na.png,x\na.dcm,y\n")
         with pytest.raises(mistake, match="typing error"): load_dataset(tmp_path / "t.csv", skip_bad=True)
 
@@ -389,8 +407,26 @@ def test_no_file_and_a_folder(tmp_path):
     with pytest.raises(CourseError): read_image(tmp_path)
 
 
-@pytest.mark.parametrize("content", [b"", b"\0", b"hello", b"<html><body>404</body></html>", b"%PDF-1.4", bytes(4096), b"\x1f\x8b", b"\x1f\x8b\x08" + bytes(20), b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff\xe0", b"II*\0", b"PK\x03\x04",
-                                     bytes(128) + b"DICM", bytes(344) + b"n+1\0", b"GIF89a" + bytes(50)])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"\0",
+        b"hello",
+        b"<html><body>404</body></html>",
+        b"%PDF-1.4",
+        bytes(4096),
+        b"\x1f\x8b",
+        b"\x1f\x8b\x08" + bytes(20),
+        b"\x89PNG\r\n\x1a\n",
+        b"\xff\xd8\xff\xe0",
+        b"II*\0",
+        b"PK\x03\x04",
+        bytes(128) + b"DICM",
+        bytes(344) + b"n+1\0",
+        b"GIF89a" + bytes(50),
+    ],
+)
 def test_rubbish_is_refused_by_name(tmp_path, content):
     (tmp_path / "film.png").write_bytes(content)
     with pytest.raises(CourseError, match="film.png"): read_image(tmp_path / "film.png")
@@ -452,7 +488,7 @@ def every_kind(folder):
 
 
 def test_cut_anywhere(tmp_path):
-    "A file cut at any place gives a film or a CourseError with its name, nothing else; cut in half it never gives a film."
+    "A file cut anywhere gives an image or a CourseError with its name; cut in half it never gives an image."
     for p in every_kind(tmp_path):
         whole = p.read_bytes()
         for keep in {

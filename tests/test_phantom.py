@@ -51,7 +51,16 @@ def test_patients_keep_their_anatomy_and_films_differ():
     assert (chest.trees[1][0] == again.trees[1][0]).all() and (chest.trees[1][0] != other.trees[1][0]).any()
 
 
-@pytest.mark.parametrize("layout,kind", [("mendeley", "pneumonia"), ("kaggle", "pneumonia"), ("nih", "nih"), ("covid", "covid"), ("dicom", "pneumonia")])
+@pytest.mark.parametrize(
+    "layout,kind",
+    [
+        ("mendeley", "pneumonia"),
+        ("kaggle", "pneumonia"),
+        ("nih", "nih"),
+        ("covid", "covid"),
+        ("dicom", "pneumonia"),
+    ],
+)
 def test_what_is_written_is_read_back(tmp_path, layout, kind):
     plan = population(12, seed=3, kind=kind, pixels=64)
     frame = load_dataset(write_dataset(plan, tmp_path / layout, layout))
@@ -104,7 +113,9 @@ def test_ties_are_as_strong_as_asked():
         assert abs(told - strength) < .08
 
 
-@pytest.mark.parametrize("kind,layout", [("nih", "kaggle"), ("pneumonia", "nih"), ("covid", "mendeley"), ("pneumonia", "covid")])
+@pytest.mark.parametrize(
+    "kind,layout", [("nih", "kaggle"), ("pneumonia", "nih"), ("covid", "mendeley"), ("pneumonia", "covid")]
+)
 def test_a_layout_that_does_not_fit_is_refused(tmp_path, kind, layout):
     with pytest.raises(CourseError, match="does not fit"):
         write_dataset(population(3, kind=kind, pixels=48), tmp_path / "x", layout)

@@ -1,4 +1,4 @@
-"""What chapter 06 promises and does not show: concurrency, changed files, odd inputs, the real set."""
+"""Stores and streams: concurrency, changed files, odd inputs, the real set."""
 import errno
 import os
 import subprocess
@@ -14,7 +14,7 @@ from PIL import Image
 
 from cxr_course.core import CourseError
 from cxr_course.data import building as building_module
-from cxr_course.data import store as store_module
+from cxr_course.data import splits as splits_module
 from cxr_course.data.building import _write, build_store, decode_shard
 from cxr_course.data.pipeline import Normalizer, to_dataset
 from cxr_course.data.read import read_image, to_unit
@@ -49,7 +49,8 @@ def contents(folder): return {p.name: p.read_bytes() for p in Path(folder).iterd
 
 
 def test_importing_does_not_bring_tensorflow():
-    subprocess.run([sys.executable, "-c", "import cxr_course.pipelines, sys; assert 'tensorflow' "
+    subprocess.run([sys.executable, "-c",
+                    "import cxr_course.data.pipeline, cxr_course.data.building, sys; assert 'tensorflow' "
                     "not in sys.modules and 'keras' not in sys.modules"], check=True)
 
 
@@ -96,11 +97,13 @@ def test_threads_do_not_change_a_byte(films, tmp_path):
 
 CODE = """
 import sys, time, pandas as pd
-from cxr_course import core, pipelines
-pipelines.SHARD, real = 4, pipelines.read
+from cxr_course.data import building
+from cxr_course.frame import make_frame
+building.SHARD, real = 4, building.read_image
 def slow(path): time.sleep(.02); return real(path)
-pipelines.read = slow
-pipelines.build(core.frame(pd.read_csv(sys.argv[1], dtype={"patient": str})), (12, 10), sys.argv[2], workers=2)
+building.read_image = slow
+rows = pd.read_csv(sys.argv[1], dtype={"patient": str})
+building.build_store(make_frame(rows), (12, 10), sys.argv[2], workers=2)
 """
 
 
@@ -155,7 +158,7 @@ def test_full_disk_in_the_middle(films, tmp_path, monkeypatch):
 
 
 def test_a_disk_too_small_is_known_before_the_work(films, tmp_path, monkeypatch):
-    monkeypatch.setattr(pipelines.shutil, "disk_usage", lambda p: type("U", (), {"free": 100})())
+    monkeypatch.setattr(building_module.shutil, "disk_usage", lambda p: type("U", (), {"free": 100})())
     with pytest.raises(CourseError, match="MB are free"):
         build_store(films, (12, 10), tmp_path / "new" / "store")
     assert not list((tmp_path / "new").iterdir())
@@ -193,7 +196,7 @@ def test_all_bad_films_in_one_error(films, tmp_path):
 def test_two_builders_at_once(films, tmp_path):
     for i in range(20):
         with ThreadPoolExecutor(3) as pool:
-            a, b, c = pool.map(lambda _: build_store(films, (12, 10), tmp_path / f"store{i}"), range(3))
+            a, b, c = pool.map(lambda _, i=i: build_store(films, (12, 10), tmp_path / f"store{i}"), range(3))
         assert (
             (a.images == b.images).all()
             and (b.images == c.images).all()
@@ -289,7 +292,7 @@ def test_bytes_become_numbers_in_one_way(films, tmp_path):
 
 
 def test_another_engine_decodes_the_same_store(films, tmp_path, monkeypatch):
-    "Shards that somebody else decodes, in any order of work, make the same bytes; a shard that is done is not asked for again."
+    "Shards decoded elsewhere, in any order, make the same bytes; a finished shard is not asked for again."
     monkeypatch.setattr(building_module, "SHARD", 8)
     asked = []
     def elsewhere(shards, shape):
@@ -319,8 +322,7 @@ def test_a_mistake_of_ours_is_no_bad_film(films, monkeypatch, mistake):
 
 def test_leakage_is_looked_for_once_a_frame(films, monkeypatch):
     s, asked = build_store(films, (12, 10)), []
-    monkeypatch.setattr(store_module, "refuse_leakage", lambda f, real=refuse_leakage: asked.append(len(f))
-                        or real(f))
+    monkeypatch.setattr(splits_module, "refuse_leakage", lambda f: asked.append(len(f)) or refuse_leakage(f))
     for split in ("train", "val", "train", "test"): to_dataset(s, split)
     assert asked == [40]
     leaky = s.using(films.assign(split=["train", "val"] * 20))
@@ -346,12 +348,17 @@ def test_stream_repeats_and_normalises(films):
     assert sum(len(x) for x, _ in to_dataset(s, None)) == 40
 
 
-@pytest.mark.skipif(not (REAL / "kaggle").exists(), reason=f"the real data are not at {REAL} (set CXR_COURSE_REAL_DATA)")
+@pytest.mark.skipif(
+    not (REAL / "kaggle").exists(), reason=f"the real data are not at {REAL} (set CXR_COURSE_REAL_DATA)"
+)
 def test_the_real_kaggle_folder_killed_half_way(tmp_path):
     from cxr_course.data.loading import load_dataset
     f = load_dataset(REAL / "kaggle" / "chest_xray", sizes=False)
     f.to_csv(tmp_path / "f.csv", index=False)
-    code = "import sys, pandas as pd; from cxr_course import core, pipelines; pipelines.build(core.frame(pd.read_csv(sys.argv[1], dtype={'patient': str, 'study': str, 'cause': str})), (64, 64), sys.argv[2])"
+    code = ("import sys, pandas as pd; from cxr_course.data.building import build_store; "
+            "from cxr_course.frame import make_frame; "
+            "rows = pd.read_csv(sys.argv[1], dtype={'patient': str, 'study': str, 'cause': str}); "
+            "build_store(make_frame(rows), (64, 64), sys.argv[2])")
     victim = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "f.csv"), str(tmp_path / "store")])
     while len(list(tmp_path.glob(".store*.part/rows-*.csv"))) < 8:
         assert victim.poll() is None

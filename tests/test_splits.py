@@ -33,7 +33,13 @@ def nameless(f):
     return regroup(f.assign(patient=None), "image")
 
 
-CODE = "import pandas as pd, sys; from cxr_course import core, splits; f = core.frame(pd.read_csv(sys.argv[1], dtype={'patient': str})); print(''.join(s[1] for s in splits.split(f, seed=3).sort_values('path')['split']))"
+CODE = """
+import pandas as pd, sys
+from cxr_course.data.splits import split_by_patient
+from cxr_course.frame import make_frame
+f = make_frame(pd.read_csv(sys.argv[1], dtype={"patient": str}))
+print("".join(s[1] for s in split_by_patient(f, seed=3).sort_values("path")["split"]))
+"""
 
 
 def test_same_split_in_other_processes_and_row_orders(tmp_path):
@@ -46,8 +52,15 @@ def test_same_split_in_other_processes_and_row_orders(tmp_path):
     assert len(said) == 1
 
 
-@pytest.mark.parametrize("cut", [split_by_patient, lambda f: patient_kfold(f, 3)[1], lambda f: balanced_split(f, 20, 10),
-                                 lambda f: hold_out(f.assign(split=np.where(f["path"].str.contains("-0.png"), "test", "train")))])
+@pytest.mark.parametrize(
+    "cut",
+    [
+        split_by_patient,
+        lambda f: patient_kfold(f, 3)[1],
+        lambda f: balanced_split(f, 20, 10),
+        lambda f: hold_out(f.assign(split=np.where(f["path"].str.contains("-0.png"), "test", "train"))),
+    ],
+)
 def test_the_folder_does_not_matter_even_without_patients(cut):
     a, b = (cut(nameless(world(root=r))) for r in ("set", "/mnt/other disk/copy/of/set"))
     assert a["split"].tolist() == b["split"].tolist()
@@ -109,7 +122,15 @@ def test_unknown_findings_count_for_nobody():
     )
 
 
-@pytest.mark.parametrize("fractions, text", [({"train": .5, "test": .4}, "add up to 1"), ({"train": 1.2, "test": -.2}, "above 0"), ({"train": .5, "exam": .5}, "unknown split"), ({"train": np.nan, "test": .5}, "add up")])
+@pytest.mark.parametrize(
+    "fractions, text",
+    [
+        ({"train": 0.5, "test": 0.4}, "add up to 1"),
+        ({"train": 1.2, "test": -0.2}, "above 0"),
+        ({"train": 0.5, "exam": 0.5}, "unknown split"),
+        ({"train": np.nan, "test": 0.5}, "add up"),
+    ],
+)
 def test_bad_fractions(fractions, text):
     with pytest.raises(CourseError, match=text): split_by_patient(world(), fractions)
 
@@ -260,7 +281,7 @@ def test_hold_out_refuses_a_test_that_shares_patients_with_the_rest():
 
 
 def test_the_rarest_class_is_dealt_first():
-    "Six rare patients, each of whom brings many images of the common class as well: dealt late, they would all be somewhere already."
+    "Six rare patients, who bring many images of the common class: dealt late, they would be placed already."
     rows = [dict(path=f"c{p}-{i}.png", patient=f"c{p}", label="common") for p in range(60)
             for i in range(1 + p % 5)]
     rows += [dict(path=f"r{p}-{i}.png", patient=f"r{p}", label="rare" if i == 0 else "common")
@@ -272,7 +293,7 @@ def test_the_rarest_class_is_dealt_first():
 
 
 def test_patients_with_many_images_do_not_drift_into_the_large_pile():
-    "Half of what a usual patient brings, and not half of what this one brings, is added before piles are compared."
+    "Half of what a usual patient brings, not of what this one brings, is added before comparing."
     g, shares = np.random.default_rng(1), []
     for seed in range(40):
         sizes = np.where(g.random(120) < .1, 12, 1)

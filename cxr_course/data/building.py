@@ -33,7 +33,7 @@ SHARD = 256    # images between two marks on the disk
 def decode_one(
     path: str, # an image file
     shape: tuple[int, int], # (h, w) wanted
-) -> tuple[np.ndarray, str, str]: # pixels (h, w) uint8 (black if it cannot be read), SHA-256 of its file, what is wrong with it
+) -> tuple[np.ndarray, str, str]: # pixels (h, w) uint8 (black if unreadable), SHA-256 of its file, error
     "Decode one image for a store."
     try:
         x = read_image(path)
@@ -48,7 +48,7 @@ def decode_shard(
     paths: Sequence[str], # (n,) image files
     shape: tuple[int, int], # (h, w) wanted
     workers: int | None = None, # threads; default: one a core
-) -> tuple[np.ndarray, list[str], list[str]]: # pixels (n, h, w) uint8, SHA-256 of each file, what is wrong with each ('' if nothing)
+) -> tuple[np.ndarray, list[str], list[str]]: # pixels (n, h, w) uint8, SHA-256 of each file, errors
     "Decode a list of images, in their order: the unit of work that any engine can do for `build_store`."
     with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
         pixels, prints, errors = zip(*pool.map(lambda p: decode_one(p, shape), paths))
@@ -203,7 +203,7 @@ def build_store(
     # machine
     decode: Callable | None = None,
 ) -> ImageStore: # the images of the frame, ready to stream
-    "Decode each image once into a store, or open the store that is there; what a killed run had done is not done again."
+    "Decode each image once into a store, or open the one that is there; a killed run is continued."
     if np.shape(shape) != (2,) or min(shape) < 1:
         raise CourseError(f"{shape!r} is not a shape", None,
                           "give (height, width) in pixels, for instance (128, 128)")

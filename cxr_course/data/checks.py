@@ -61,7 +61,7 @@ def _with_pixels(bad: pd.DataFrame, pairs: pd.DataFrame, beside: bool) -> list[d
     rows = [_problem("files that cannot be read", len(bad), bad["path"].iloc[0])] if len(bad) else []
     across = pairs["meta_set_a"] != pairs["meta_set_b"] if beside else pd.Series(False, index=pairs.index)
     equal = pairs["equal"].astype(bool)
-    for which, word in ((equal, "equal files"), (~equal, "the same picture in different files")):
+    for which, word in ((equal, "equal files"), (~equal, "the same image in different files")):
         if which.any():
             rows.append(_problem(f"pairs: {word}", which.sum(), pairs.loc[which, "path_b"].iloc[0]))
     for c, word in (
@@ -72,10 +72,10 @@ def _with_pixels(bad: pd.DataFrame, pairs: pd.DataFrame, beside: bool) -> list[d
         one, other = pairs[f"{c}_a"], pairs[f"{c}_b"]
         differ = one.notna() & other.notna() & (one != other) & ~across
         if differ.any():
-            rows.append(_problem(f"pairs: one picture {word}", differ.sum(),
+            rows.append(_problem(f"pairs: one image {word}", differ.sum(),
                                  pairs.loc[differ, "path_b"].iloc[0]))
     if across.any():
-        rows.append(_problem("pairs: one picture in this set and in the one beside it", across.sum(),
+        rows.append(_problem("pairs: one image in this set and in the one beside it", across.sum(),
                              pairs.loc[across, "path_a"].iloc[0]))
     return rows
 
@@ -173,7 +173,7 @@ def _small(path) -> np.ndarray:
 
 # %% ../../nbs/library/data/checks.ipynb #57181cf8
 class DatasetCheck:
-    "What `check_dataset` found: `.table`, `.bad` (files), `.pairs` (images that are one), `.figure()`, `.readable` (the frame without bad files)."
+    "What `check_dataset` found: `.table`, `.bad` (files), `.pairs` (duplicates), `.figure()`, `.readable` (a frame)."
     def __init__(self,
         frame: pd.DataFrame, # the frame that was checked
         problems: list[dict], # problem, count, first

@@ -53,7 +53,8 @@ def fetch(
 def _recipe(facts: DatasetFacts, target: Path) -> str:
     "How to get a data set by hand."
     mark = f" (its fingerprint must be {facts.hash})" if facts.hash else ""
-    return f"get {facts.url}{mark}, put it at {target}, and ask again; or load it from wherever it lies: load('path/to/{target.name}')"
+    return (f"get {facts.url}{mark}, put it at {target}, and ask again; "
+            f"or load it from wherever it lies: load('path/to/{target.name}')")
 
 def _by_hand(facts: DatasetFacts, target: Path) -> Path:
     "Sets without a fixed fingerprint: what lies in the folder, or Kaggle's own client, or a recipe."
@@ -116,7 +117,7 @@ def unpack(
                 part.mkdir()
                 for m in progress(keep, f"unpacking {Path(archive).name}", unit="file"):
                     file.extract(m, part, **safe)
-    except (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, RuntimeError, NotImplementedError) as e:
+    except (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, RuntimeError) as e:
         raise CourseError(f"a damaged archive ({e})", archive, "download it again") from e
     return Path(folder)
 
@@ -140,7 +141,7 @@ def _members(file: zipfile.ZipFile | tarfile.TarFile) -> list[tuple]:
             for m in file.infolist()]
 
 def _refuse_members(members: list[tuple], archive, room: float) -> None:
-    "Raise if something would be written outside the folder, is a link or device, or takes more bytes than there is `room`."
+    "Raise if something lies outside the folder, is a link or device, or takes more bytes than `room`."
     for name, _, what, _ in members:
         path = PurePosixPath(name.replace("\\", "/"))
         if path.is_absolute() or ".." in path.parts or re.match(r"[A-Za-z]:", name) or "\0" in name:

@@ -25,7 +25,7 @@ __all__ = ['count_images', 'as_text', 'images_per_patient', 'cooccurrence', 'pre
 # %% ../../nbs/library/data/exploration.ipynb #7f7347af
 def count_images(
     frame: pd.DataFrame, # a frame of images
-) -> pd.DataFrame: # one row a split (and 'all'), one column a class or finding, then `films` (images), `patients`, `nobody` (images without a patient)
+) -> pd.DataFrame: # one row a split; a column a class, `films` (images), `patients`, `nobody`
     "How many images of each class, or with each finding, lie in each split."
     shown = (Task.of(frame).indicators(frame) == 1).astype(int)
     shown = shown.assign(films=1, nobody=frame["patient"].isna().astype(int))
@@ -65,7 +65,7 @@ def cooccurrence(
 # %% ../../nbs/library/data/exploration.ipynb #77c4128e
 def prevalence(
     frame: pd.DataFrame, # a frame of images
-) -> pd.DataFrame: # one row a class or finding: `finding`, `films` (with a known answer), `positive`, `share`, `low`, `high`
+) -> pd.DataFrame: # `finding`, `films` (with a known answer), `positive`, `share`, `low`, `high`
     "How common each class or finding is, with an interval that respects patients."
     who, rows = pd.factorize(groups(frame))[0], []
     for name, y in Task.of(frame).indicators(frame).items():
@@ -126,7 +126,7 @@ def _value_name(value) -> str:
 # %% ../../nbs/library/data/exploration.ipynb #fa84f791
 @dataclass
 class ImageFeatures:
-    "What one quick look at every image of a frame gives. Row i belongs to `path[i]`; an image that could not be read has a missing `mean`."
+    "What one quick look at every image gives: row i is `path[i]`; one that cannot be read has no `mean`."
     path: np.ndarray     # (n,) text
     mean: np.ndarray     # (n,) grey, 0 black to 1 white
     spread: np.ndarray   # (n,) standard deviation of the greys
@@ -201,7 +201,7 @@ _NOTHING = (np.nan, np.nan, np.nan, np.zeros(64, np.float32), np.zeros((4, 8, 8)
 def quick_read(
     path: str | Path, # an image file
 ) -> np.ndarray: # float32 (h, w) in [0, 1], bones white
-    "Read an image for looking: a large JPEG comes at a fraction of its size, everything else as `read` gives it."
+    "Read an image for looking: a large JPEG comes at a fraction of its size."
     return read_image(path, at_least=(160, 160))
 
 def image_features(

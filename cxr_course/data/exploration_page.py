@@ -5,9 +5,8 @@
 # %% ../../nbs/library/data/exploration_page.ipynb #b1bc97ec
 from __future__ import annotations
 
-import base64
 import html
-import io
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pandas as pd
@@ -20,79 +19,65 @@ from cxr_course.data.exploration_plots import (
 from .image_plots import plot_average, plot_brightness, plot_sizes, show_classes
 from .shortcuts import NothingToSearch, find_shortcuts
 from ..frame import Task, regroup
-from ..show import ImageSheet, table
+from ..page import embed, page, table_html
 
 # %% auto #0
 __all__ = ['write_overview']
 
-# %% ../../nbs/library/data/exploration_page.ipynb #b7177025
-_STYLE = """:root{color-scheme:light dark}body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;background:#fff;color:#1f2328}
-h1{font-size:1.6rem;margin-bottom:0}h2{font-size:1.15rem;margin:2.2rem 0 .5rem}p{margin:.3rem 0 .8rem;max-width:48rem}figure{margin:.6rem 0;overflow-x:auto}img{background:#fff;padding:.6rem;border-radius:6px;max-width:100%;height:auto;box-sizing:border-box}
-table{border-collapse:collapse;font-size:.85rem;font-variant-numeric:tabular-nums;display:block;overflow-x:auto}td,th{border-bottom:1px solid #d8dce1}.alarm{border-left:4px solid #d55e00;padding-left:.8rem}.quiet{color:#5b636d}
-@media(prefers-color-scheme:dark){body{background:#16181c;color:#dcdfe4}td,th{border-color:#30353c}.quiet{color:#98a1ad}}"""
-
-def _inline(figure, words: str) -> str:
-    file = io.BytesIO()
-    sheet = isinstance(figure, ImageSheet)
-    figure.savefig(file, format="jpeg" if sheet else "png", dpi=110,
-                   **({"pil_kwargs": {"quality": 82}} if sheet else {}))
-    return f"<figure><img alt='{html.escape(words)}' src='data:image/{'jpeg' if sheet else 'png'};base64,{base64.b64encode(file.getvalue()).decode()}'></figure>"
-
 # %% ../../nbs/library/data/exploration_page.ipynb #e2b0658a
-def _sections(frame: pd.DataFrame, glances: ImageFeatures | None, target, found: pd.DataFrame | None):
-    "Title, one line, table or None, function that draws; in the order of the lesson."
+_PEOPLE = ("view", "source", "sex", "age", "width")
+_AVERAGE = "Disease is in the chest; a difference in a corner asks for another explanation."
+_ALONE = "How well each thing alone tells the classes apart, for patients never seen."
+_STAND_IN = "; where no patient is known, the study, or else the image, counts as one."
+
+def _of_table(frame: pd.DataFrame) -> Iterator[tuple[str, str, pd.DataFrame | None, Callable]]:
+    "Sections that need the table alone: title, one line, table or None, what draws."
     yield "Images", "By split and class.", count_images(frame), lambda: plot_counts(frame)
     if frame["patient"].notna().any():
-        yield "Images of one patient", "A set is as large as its number of patients.", None, lambda: plot_patients(
-            frame
-        )
+        words = "A set is as large as its number of patients."
+        yield "Images of one patient", words, None, lambda: plot_patients(frame)
     rows, sure = prevalence(frame), frame["patient"].notna().all()
-    whom = (
-        " by patient."
-        if sure
-        else "; where no patient is known, the study, or else the image, counts as one."
-    )
-    yield "Prevalence", f"With 95 % intervals{whom}", rows, lambda: plot_prevalence(rows)
+    words = f"With 95 % intervals{' by patient.' if sure else _STAND_IN}"
+    yield "Prevalence", words, rows, lambda: plot_prevalence(rows)
     if Task.of(frame).findings:
         yield "Findings that come together", "", cooccurrence(frame), lambda: plot_cooccurrence(frame)
+
+def _sections(frame: pd.DataFrame, glances: ImageFeatures | None, target, found: pd.DataFrame | None):
+    "All sections in the order of the lesson."
+    yield from _of_table(frame)
     if glances is not None:
         yield "A look", "Drawn at random.", None, lambda: show_classes(frame)
     if len(frame[["height", "width"]].dropna().drop_duplicates()) > 1:
         yield "Sizes", "The dashed line is the mean aspect ratio.", None, lambda: plot_sizes(frame)
     if glances is not None:
-        yield "Greys", "All pixels, and the mean of each image.", None, lambda: plot_brightness(
-            frame, glances
-        )
-        words = "Disease is in the chest; a difference in a corner asks for another explanation."
-        yield "The average image", words, None, lambda: plot_average(frame, glances)
-    if any(
-        c in frame and frame[c].nunique(dropna=False) > 1 for c in ("view", "source", "sex", "age", "width")
-    ):
-        yield "Who they are", "The dashed line is the whole set.", None, lambda: plot_shares(
-            frame, target=target
-        )
+        words = "All pixels, and the mean of each image."
+        yield "Greys", words, None, lambda: plot_brightness(frame, glances)
+        yield "The average image", _AVERAGE, None, lambda: plot_average(frame, glances)
+    if any(c in frame and frame[c].nunique(dropna=False) > 1 for c in _PEOPLE):
+        words = "The dashed line is the whole set."
+        yield "Who they are", words, None, lambda: plot_shares(frame, target=target)
     if found is not None:
-        words = "How well each thing alone tells the classes apart, for patients never seen."
-        yield "Shortcuts", words, found.drop(columns="verdict"), lambda: plot_shortcuts(found)
+        yield "Shortcuts", _ALONE, found.drop(columns="verdict"), lambda: plot_shortcuts(found)
+
+def _line(kind: str, text: str) -> str:
+    return f'<p class="{kind}">{html.escape(text)}</p>'
 
 def _verdicts(
     frame: pd.DataFrame, glances: ImageFeatures | None, target: str | None
 ) -> tuple[pd.DataFrame | None, list[str]]:
     "The search for shortcuts, if there can be one, and what the page says about it."
-    line = "<p class='{}'>{}</p>".format
     try:
         found = find_shortcuts(frame, glances, target)
     except NothingToSearch as e:
-        return None, [line("quiet", html.escape(f"No search for shortcuts: {e}"))]
-    loud = [line("alarm" if r.suspicious else "quiet", html.escape(r.verdict)) for r in found.itertuples()
+        return None, [_line("quiet", f"No search for shortcuts: {e}")]
+    loud = [_line("alarm" if r.suspicious else "quiet", r.verdict) for r in found.itertuples()
             if not r.verdict.startswith("Quiet")]
     if not found["suspicious"].any():
-        loud.append(line("quiet", "No shortcut is suspicious; below, how far each of them gets."))
+        loud.append(_line("quiet", "No shortcut is suspicious; below, how far each of them gets."))
     return found, loud
 
-def _html(title: str, parts: list[str]) -> str:
-    head = f"<meta charset='utf-8'><meta name='viewport' content='width=device-width'><title>{html.escape(title)}</title><style>{_STYLE}</style>"
-    return f"<!doctype html><html lang='en'><head>{head}</head><body>{''.join(parts)}</body></html>"
+def _write_csv(rows: pd.DataFrame, file: Path) -> None:
+    rows.to_csv(file, index=not isinstance(rows.index, pd.RangeIndex))
 
 # %% ../../nbs/library/data/exploration_page.ipynb #e130765c
 def write_overview(
@@ -114,14 +99,14 @@ def write_overview(
     found, verdicts = _verdicts(frame, g, target)
     people, nobody = frame["patient"].nunique(), frame["patient"].isna().sum()
     said = f"{len(frame):,} images; {people:,} patients known, {nobody:,} images without one."
-    parts = [f"<h1>{html.escape(title)}</h1><p class='quiet'>{said}</p>", *verdicts]
+    parts = [("", "".join([_line("quiet", said), *verdicts]))]
     with atomic(folder, overwrite=False) as part:
         part.mkdir()
         for name, words, rows, draw in _sections(frame, g, target, found):
-            parts += [f"<h2>{name}</h2><p class='quiet'>{words}</p>", _inline(draw(), name)]
+            body = _line("quiet", words) + embed(draw(), name)
             if rows is not None:
-                file = part / f"{name.lower().replace(' ', '_')}.csv"
-                rows.to_csv(file, index=not isinstance(rows.index, pd.RangeIndex))
-                parts.append(table(rows)._repr_html_())
-        (part / "index.html").write_text(_html(title, parts), encoding="utf-8")
+                _write_csv(rows, part / f"{name.lower().replace(' ', '_')}.csv")
+                body += table_html(rows)
+            parts.append((name, body))
+        (part / "index.html").write_text(page(title, parts), encoding="utf-8")
     return Path(folder) / "index.html"

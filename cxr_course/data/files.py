@@ -82,15 +82,13 @@ def blame_file(
     words: str, # what is said about it, before the library's own words
     remedy: str = TRY_AGAIN, # what to do
 ) -> Iterator[None]:
-    "Turn what a format's library raises inside the block into a `CourseError` that names the file; our own mistakes pass through."
+    "Turn what a format's library raises into a `CourseError` that names the file; our mistakes pass."
     what = file_kind(path)
     try:
         yield
-    except CourseError:
-        raise
+    except CourseError: raise
     except (AttributeError, TypeError) as e:
-        if not _in_library(e):
-            raise
+        if not _in_library(e): raise
         raise CourseError(f"{words} ({e or type(e).__name__})", path, remedy) from e
     except describe_damage(what) as e:
         raise CourseError(f"{words} ({e or type(e).__name__})", path, remedy) from e
@@ -127,7 +125,6 @@ def _need(module: str, path):
         raise CourseError(f"reading this file needs the package {module}", path,
                           "pip install 'cxr-course[dicom]'") from e
 
-# %% ../../nbs/library/data/files.ipynb #bb1eab07
 def _pil(path: str, at_least, header: bool):
     "Shape and PIL image of a PNG, JPEG or TIFF file."
     from PIL import Image, ImageOps
@@ -167,7 +164,7 @@ def _dicom(path: str, at_least, header: bool):
         ds.pixel_array
     except (RuntimeError, NotImplementedError) as e:
         syntax = ds.file_meta.TransferSyntaxUID.name
-        raise CourseError(f"its pixels are compressed as {syntax}, " "and no installed decoder reads that",
+        raise CourseError(f"its pixels are compressed as {syntax}, and no installed decoder reads that",
                           path, "pip install pylibjpeg pylibjpeg-openjpeg; for the "
                           "older JPEG kinds pylibjpeg-libjpeg or python-gdcm as well") from e
     return shape, ds
@@ -249,6 +246,6 @@ def decode_file(
     path: str | Path, # an image file
     # (h, w): a large JPEG may come at 1/2, 1/4 or 1/8 of its size, but not below this
     at_least: tuple[int, int] | None = None,
-): # what the format's own library makes of it (PIL image, pydicom data set, nibabel image, array), pixels loaded
+): # PIL image, pydicom data set, nibabel image or array, pixels loaded
     "Decode an image completely, or say what is wrong with it."
     return _open(path, at_least, header=False)[1]

@@ -43,7 +43,7 @@ def show_classes(
 
 # %% ../../nbs/library/data/image_plots.ipynb #033ecf58
 def _coloured(frame: pd.DataFrame, by: str) -> tuple[pd.Series, dict[str, str]]:
-    "The group of every image, and a colour for each group; for frames of findings, `label` means any finding or none."
+    "The group of every image, and a colour for each; for findings, `label` means any finding or none."
     if by == "split":
         return as_text(frame["split"], "no split"), {**dict(zip(SPLITS,
                                                                 (PALETTE[2], PALETTE[5], PALETTE[7]))),

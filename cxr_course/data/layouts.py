@@ -31,7 +31,7 @@ def parse_file_name(
     name: str, # the name of a file, with or without folders
     split: str | None = None, # the folder it lay in; without it a Kaggle person is nobody
 ) -> dict: # `scheme`, `patient`, `study`, `cause`, `number`; None where the name does not say
-    "What the name of a film truly says; what it does not say stays None."
+    "What the name of an image truly says; what it does not say stays None."
     stem = str(name).replace("\\", "/").rsplit("/", 1)[-1].split(".")[0]
     said = dict(scheme=None, patient=None, study=None, cause=None, number=None)
     for pattern, scheme in _NAMES:
@@ -88,7 +88,7 @@ def table_columns(table: Path) -> set[str]:
                           "it should be a CSV file with a line of column names") from e
 
 def is_nih_table(table: Path) -> bool:
-    "Whether a table is NIH's own, or the one of system B's assignment."
+    "Whether a table is NIH's own, or the one of the well-known course assignment."
     head = table_columns(table)
     return {"Image Index", "Finding Labels",
             "Patient ID"} <= head and "Fracture" not in head or {"Image", "PatientId"} <= head

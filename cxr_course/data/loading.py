@@ -59,7 +59,7 @@ def _person(ds) -> dict:
     return about
 
 def _measured(df: pd.DataFrame, skip_bad: bool) -> pd.DataFrame:
-    "The rows with the sizes of their images; what the table says about a person has precedence over the header."
+    "The rows with the sizes of their images; a table's word about a person counts more than the header's."
     with ThreadPoolExecutor() as pool:
         found = pool.map(_about, df["path"])
         got = list(progress(found, "measuring images", len(df)) if len(df) > 5000 else found)
@@ -114,7 +114,7 @@ def load_dataset(
 # %% ../../nbs/library/data/loading.ipynb #13fba7da
 def read_boxes(
     path: str | Path, # an NIH folder, or the table of boxes itself
-) -> pd.DataFrame: # one row a box: `name` of the image, `finding`, `x`, `y`, `width`, `height` in pixels of the original (1024 x 1024 in the official set)
+) -> pd.DataFrame: # `name` of the image, `finding`, `x`, `y`, `width`, `height` in its own pixels
     "The boxes that radiologists drew around findings in some of NIH's images."
     file = _table_in(path, lambda t: "bbox" in t.name.lower(), "no table of boxes here",
                      "it is called BBox_List_2017.csv")
@@ -136,7 +136,7 @@ RELABELLED = ("Fracture", "Pneumothorax", "Airspace opacity", "Nodule or mass")
 
 def read_relabelled(
     path: str | Path, # an NIH folder, or the table itself
-) -> pd.DataFrame: # a frame with four findings; `path` is the image's name, or where it lies if it is in the folder
+) -> pd.DataFrame: # a frame with four findings; `path`: the image's name, or its place in the folder
     "The subset of NIH's images that radiologists read again."
     file = _table_in(path, lambda t: "Fracture" in table_columns(t),
                      "no table of images that were read again",

@@ -16,14 +16,19 @@ from .files import decode_file
 __all__ = ['IDENTITY', 'identity_tags', 'strip_identity']
 
 # %% ../../nbs/library/data/privacy.ipynb #1aced29e
-IDENTITY = tuple("""PatientID IssuerOfPatientID OtherPatientIDs PatientAddress PatientTelephoneNumbers PatientComments PatientInsurancePlanCodeSequence MilitaryRank EthnicGroup Occupation AdditionalPatientHistory
-AccessionNumber StudyID StudyDescription SeriesDescription ProtocolName RequestedProcedureDescription RequestedProcedureID PerformedProcedureStepID PerformedProcedureStepDescription ScheduledProcedureStepID ImageComments
-InstitutionName InstitutionAddress InstitutionalDepartmentName StationName DeviceSerialNumber DetectorID PlateID CassetteID RequestAttributesSequence OtherPatientIDsSequence""".split())
+IDENTITY = tuple("""
+PatientID IssuerOfPatientID OtherPatientIDs PatientAddress PatientTelephoneNumbers PatientComments
+PatientInsurancePlanCodeSequence MilitaryRank EthnicGroup Occupation AdditionalPatientHistory
+AccessionNumber StudyID StudyDescription SeriesDescription ProtocolName RequestedProcedureDescription
+RequestedProcedureID PerformedProcedureStepID PerformedProcedureStepDescription ScheduledProcedureStepID
+ImageComments InstitutionName InstitutionAddress InstitutionalDepartmentName StationName DeviceSerialNumber
+DetectorID PlateID CassetteID RequestAttributesSequence OtherPatientIDsSequence
+""".split())
 
 def identity_tags(
     source, # a DICOM file, or a pydicom data set
 ) -> pd.DataFrame: # one row an element that points to a person, a place or a day: `tag`, `name`, `value`
-    "What in a DICOM file says whose film it is, also inside sequences: names, dates, unique numbers, private tags and a list of texts."
+    "What in a DICOM file says whose image it is, also inside sequences."
     ds = source if hasattr(source, "walk") else _header(source)
     found = [e for e in ds.iterall() if not e.is_empty and _identifies(e)]
     return pd.DataFrame([dict(tag=str(e.tag), name=e.keyword or "private", value=str(e.value)[:40])
@@ -45,11 +50,11 @@ def _header(path):
 def strip_identity(
     source: str | Path, # a DICOM file
     target: str | Path, # the file to write, never the same one
-    patient: str = "", # a stand-in for the patient, so that films of one person can still be kept together
+    patient: str = "", # a stand-in for the patient, so that images of one person can still be kept together
     # a secret of yours: unique numbers are replaced by others that nobody without it can compute
     secret: str = "",
 ) -> Path: # the file written
-    "Write a copy of a DICOM file without what identifies; the picture and how to show it stay, and so do age and sex."
+    "Write a copy of a DICOM file without what identifies; image, display, age and sex stay."
     from pydicom.uid import generate_uid
     ds = _header(source)
     if Path(source).resolve() == Path(target).resolve():

@@ -19,7 +19,7 @@ __all__ = ['to_grayscale', 'to_unit', 'apply_window', 'dicom_values', 'dicom_dis
 def to_grayscale(
     im, # a PIL image of any mode
     path: str | Path = "the image", # its name, for the message
-) -> tuple[np.ndarray, float]: # stored values (h, w), and the value that means white (0: the file does not say)
+) -> tuple[np.ndarray, float]: # stored values (h, w), and the value of white (0: not said)
     "One grey channel from whatever an image file holds; a real colour image is refused."
     from PIL import Image, ImageChops
     if im.mode == "1": im = im.convert("L")
@@ -34,7 +34,7 @@ def to_grayscale(
 
 # %% ../../nbs/lessons/05_images.ipynb #bad5b8ea
 def _if_grey(one, coloured: float, path):
-    "One channel, unless the channels are more than 16 of 255 grey levels apart on more than 1 % of the pixels."
+    "One channel, unless more than 1 % of the pixels differ by more than 16 of 255 levels between channels."
     if coloured > .01:
         raise CourseError(f"a colour image: its channels disagree on {coloured:.0%} of the pixels", path,
                           "a radiograph is grey; check that this is one")
@@ -135,7 +135,7 @@ def bones_dark(
 
 # %% ../../nbs/lessons/05_images.ipynb #6df7d812
 def _upright(im) -> np.ndarray:
-    "A NIfTI picture as rows and columns: as stored with the first axis along the row, unless its header says it is a coronal view."
+    "A NIfTI image as rows and columns: as stored, unless its header says that it is a coronal view."
     import nibabel
     x = im.get_fdata(dtype=np.float32)
     keep = [a for a in range(x.ndim) if x.shape[a] > 1] or [0, 1]
@@ -143,7 +143,7 @@ def _upright(im) -> np.ndarray:
     x = x.reshape([x.shape[a] for a in keep])
     if {codes[0], codes[1]} & {"S", "I"} and {codes[0], codes[1]} & {"L", "R"}:
         if codes[0] in ("S", "I"): x, codes = x.T, codes[::-1]
-        # the patient's right is on the left of the picture
+        # the patient's right is on the left of the image
         if codes[0] == "R": x = x[::-1]
         if codes[1] == "S": x = x[:, ::-1]                               # the head is on top
     return x.T
@@ -190,7 +190,7 @@ def read_image(
     # (h, w): a large JPEG may come at 1/2, 1/4 or 1/8 of its size, but not smaller than this
     at_least: tuple[int, int] | None = None,
 ) -> np.ndarray: # float32 (h, w) in [0, 1], bones white
-    "A radiograph from any file, in the one form that every chapter takes."
+    "A radiograph from any file, in the one form that every lesson takes."
     if isinstance(window, str) and window != "sd":
         raise CourseError(f"unknown window {window!r}", path, "give None, 'sd' or (low, high)")
     it = decode_file(path, at_least)
@@ -201,7 +201,7 @@ def read_image(
     )
     try:
         with blame_file(path, "the file's rule for showing its numbers cannot be followed",
-                        "give a window of your own: read(path, window=(low, high))"):
+                        "give a window of your own: read_image(path, window=(low, high))"):
             x = show(it, path, window)
     except CourseError as e:
         raise e if e.where is not None else CourseError(e.what, path, e.remedy) from e

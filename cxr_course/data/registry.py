@@ -22,7 +22,7 @@ class DatasetFacts:
     title: str # what its makers call it
     layout: str # how it is laid out, as `layout` says
     labels: tuple[str, ...] # classes, or findings
-    counts: dict = field(default_factory=dict) # split -> {class: films}, or split -> films
+    counts: dict = field(default_factory=dict) # split -> {class: images}, or split -> images
     films: int | None = None # in all
     patients: int | None = None # in all, where known
     url: str = "" # where it is
@@ -33,10 +33,14 @@ class DatasetFacts:
     note: str = "" # what one has to know
 
 # %% ../../nbs/library/data/registry.ipynb #feeb8305
-_KERMANY = "Kermany, D. S. et al. Identifying medical diagnoses and treatable diseases by image-based deep learning. Cell 172(5), 1122-1131, 2018."
-_WANG = "Wang, X. et al. ChestX-ray8: hospital-scale chest X-ray database and benchmarks on weakly-supervised classification and localization of common thorax diseases. CVPR, 2017."
-_YANG = "Yang, J. et al. MedMNIST v2: a large-scale lightweight benchmark for 2D and 3D biomedical image classification. Scientific Data 10, 41, 2023."
-_TAHIR = "Tahir, A. M. et al. COVID-19 infection localization and severity grading from chest X-ray images. Computers in Biology and Medicine 139, 105002, 2021."
+_KERMANY = ("Kermany, D. S. et al. Identifying medical diagnoses and treatable diseases by "
+            "image-based deep learning. Cell 172(5), 1122-1131, 2018.")
+_WANG = ("Wang, X. et al. ChestX-ray8: hospital-scale chest X-ray database and benchmarks on "
+         "weakly-supervised classification and localization of common thorax diseases. CVPR, 2017.")
+_YANG = ("Yang, J. et al. MedMNIST v2: a large-scale lightweight benchmark for 2D and 3D biomedical "
+         "image classification. Scientific Data 10, 41, 2023.")
+_TAHIR = ("Tahir, A. M. et al. COVID-19 infection localization and severity grading from chest X-ray "
+          "images. Computers in Biology and Medicine 139, 105002, 2021.")
 _MNIST = {"pneumoniamnist": ("28209eda62fecd6e6a2d98b1501bb15f", "8f4eceb4ccffa70c672198ea285246c6",
                              "05b46931834c231683c68f40c47b2971", "d6a3c71de1b945ea11211b03746c1fe1"),
           "chestmnist": ("02c8a6516a18b556561a56cbdd36c4a8", "9de6cd0b934ebb5b7426cfba5efbae16",
@@ -106,7 +110,7 @@ REGISTRY = {
             licence="CC BY 4.0",
             citation=_KERMANY,
             note="children of 1 to 5 years, one hospital; 32 exact duplicates; the zip holds __MACOSX and a "
-                 "second copy of itself; no patient for normal films",
+                 "second copy of itself; no patient for normal images",
         ),
         DatasetFacts(
             "mendeley",
@@ -135,7 +139,7 @@ REGISTRY = {
             "https://nihcc.app.box.com/v/ChestXray-NIHCC",
             licence="open, with attribution to the NIH Clinical Center",
             citation=_WANG,
-            note="labels mined from reports; official patient-wise lists; 984 boxes on 880 pictures, 8 "
+            note="labels mined from reports; official patient-wise lists; 984 boxes on 880 images, 8 "
                  "findings",
         ),
         *(_mnist(n, px, md5) for n, sums in _MNIST.items() for px, md5 in zip((28, 64, 128, 224), sums)),

@@ -17,13 +17,17 @@ __all__ = ['crop_to_aspect', 'resize', 'crop_resize', 'letterbox', 'to_png']
 
 # %% ../../nbs/library/data/resize.ipynb #9355a641
 def crop_to_aspect(
-    x: np.ndarray, # (h, w) picture or mask
+    x: np.ndarray, # (h, w) image or mask
     ratio: float, # height / width wanted
 ) -> np.ndarray: # a view of x: equal cuts from both ends of the side that is too long
     "Crop to a height-to-width ratio, from the middle; nothing is stretched."
     h, w = x.shape[:2]
-    if h > w * ratio: new = max(1, round(w * ratio)); top = (h - new) // 2; return x[top:top + new]
-    new = max(1, round(h / ratio)); left = (w - new) // 2
+    if h > w * ratio:
+        new = max(1, round(w * ratio))
+        top = (h - new) // 2
+        return x[top:top + new]
+    new = max(1, round(h / ratio))
+    left = (w - new) // 2
     return x[:, left:left + new]
 
 # %% ../../nbs/library/data/resize.ipynb #b5efdbcf
@@ -31,7 +35,7 @@ def resize(
     x: np.ndarray, # (h, w): float32 in [0, 1], uint8, or a bool mask
     shape: tuple[int, int], # (h, w) wanted
 ) -> np.ndarray: # the same kind of numbers, at the new size
-    "Resize with antialiasing: when a picture shrinks, every old pixel still counts."
+    "Resize with antialiasing: when an image shrinks, every old pixel still counts."
     from PIL import Image
     if tuple(x.shape[:2]) == tuple(shape): return x
     if x.dtype == bool: return resize(x.astype(np.float32), shape) >= .5
@@ -44,19 +48,19 @@ def resize(
 
 # %% ../../nbs/library/data/resize.ipynb #50ab2460
 def crop_resize(
-    x: np.ndarray, # (h, w) picture or mask
+    x: np.ndarray, # (h, w) image or mask
     shape: tuple[int, int], # (h, w) wanted
 ) -> np.ndarray: # cropped to the shape's aspect, then resized
-    "Crop, then resize: the way every film of this course reaches a network."
+    "Crop, then resize: the way every image of this course reaches a network."
     return resize(crop_to_aspect(x, shape[0] / shape[1]), shape)
 
 # %% ../../nbs/library/data/resize.ipynb #e027fe20
 def letterbox(
-    x: np.ndarray, # (h, w) picture or mask
+    x: np.ndarray, # (h, w) image or mask
     shape: tuple[int, int], # (h, w) wanted
     fill: float = 0, # the value of the bars
-) -> np.ndarray: # the whole picture inside the shape, bars on two sides
-    "Resize so that the whole picture fits, and fill up with bars: nothing is cut, nothing is stretched."
+) -> np.ndarray: # the whole image inside the shape, bars on two sides
+    "Resize so that the whole image fits, and fill up with bars: nothing is cut, nothing is stretched."
     scale = min(shape[0] / x.shape[0], shape[1] / x.shape[1])
     h, w = (min(s, max(1, round(n * scale))) for n, s in zip(x.shape, shape))
     out = np.full(shape, fill, x.dtype if x.dtype in (bool, np.uint8) else np.float32)
@@ -66,12 +70,12 @@ def letterbox(
 
 # %% ../../nbs/library/data/resize.ipynb #6174e796
 def to_png(
-    source: str | Path | np.ndarray, # a picture file of any kind, or a film in [0, 1]
+    source: str | Path | np.ndarray, # an image file of any kind, or an image in [0, 1]
     target: str | Path, # the .png to write
     # as in `read_image`; 'sd' clips at mean ± 2.5 standard deviations
     window: str | tuple[float, float] | None = "sd",
 ) -> Path: # the file written
-    "Write a film as an 8-bit grey PNG."
+    "Write an image as an 8-bit grey PNG."
     from PIL import Image
     x = read_image(source, window) if isinstance(source, (str, Path)) else np.asarray(source, np.float32)
     with atomic(target) as part:

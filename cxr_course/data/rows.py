@@ -98,7 +98,7 @@ def _nih_official(table: pd.DataFrame, where) -> pd.DataFrame:
     return df
 
 def _nih_columns(table: pd.DataFrame, where) -> pd.DataFrame:
-    "One column a finding, as in the assignment of system B."
+    "One column a finding, as in the well-known course assignment."
     if missing := [f for f in FINDINGS if f not in table]:
         raise CourseError(f"the table has no column {missing[0]!r}", where,
                           "a table with one column a finding names all fourteen")
@@ -201,7 +201,7 @@ def rows_of(
     what: str, # its layout
     classes: int | None = None, # 2 or 3, where a set can be asked for both
     columns: dict[str, str] | None = None, # for a table: its own names of the columns
-) -> tuple[pd.DataFrame, list[str] | None]: # one row an image; the classes in order, None if the layout does not know them
+) -> tuple[pd.DataFrame, list[str] | None]: # one row an image; the classes in order, if known
     "The rows of a data set of a known layout."
     root, labels = data_root(path) if path.is_dir() else path.parent, None
     if what in ("kaggle", "mendeley"):

@@ -23,13 +23,13 @@ CANDIDATES = {  # what a shortcut is read from, and what to do about it
         "height and width of the image",
         "bring all images to one size by one method, and look for two machines or two sources behind it",
     ),
-    "aspect": ("height over width", "crop to one aspect; ask why one class is filmed on another format"),
-    "view": ("the view", "train and report by view; those too ill to stand are filmed lying down"),
+    "aspect": ("height over width", "crop to one aspect; ask why one class is X-rayed on another format"),
+    "view": ("the view", "train and report by view; those too ill to stand are X-rayed lying down"),
     "source": (
         "the hospital or source",
         "test on a source that was never in training, and balance classes within each source",
     ),
-    "sex": ("the sex", "report by sex; if it is not biology, it is the way the films were gathered"),
+    "sex": ("the sex", "report by sex; if it is not biology, it is the way the images were gathered"),
     "age": ("the age", "report by age group; children among adults are a classical mistake of gathering"),
     "brightness": (
         "mean and spread of the greys",
@@ -79,7 +79,7 @@ def _numbers(frame: pd.DataFrame, *columns: str) -> np.ndarray:
     return np.where(np.isnan(x), -1., x)
 
 def _model(x: np.ndarray):
-    "A logistic regression for words and patches of grey, a tree that asks two questions for one or two numbers."
+    "A logistic regression for words and patches of grey, a tree of two questions for numbers."
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
@@ -108,7 +108,7 @@ def widened_interval(
     replicates: np.ndarray, # (times,) the same with the patients drawn again
     folds: int = FOLDS, # of the cross-validation behind it
 ) -> tuple[float, float]: # low, high, inside 0 to 1
-    "The 95 % percentile interval, widened because the classifier is a matter of chance, too (Nadeau and Bengio 2003)."
+    "The 95 % percentile interval, widened for the chance in the classifier (Nadeau and Bengio 2003)."
     factor = np.sqrt((1 / folds + 1 / (folds - 1)) * folds)
     low, high = np.clip(value + factor * (np.nanpercentile(replicates, [2.5, 97.5]) - value), 0, 1)
     return float(low), float(high)
@@ -123,7 +123,7 @@ def find_shortcuts(
     target: str | None = None, # a class or finding; default: everything but the first class, or any finding
     alarm: float = .55, # the whole interval above this is called suspicious
     seed: int = 0, # of the cut by patient
-) -> pd.DataFrame: # one row a candidate, best predictor first: `shortcut`, `films`, `auc`, `low`, `high`, `suspicious`, `verdict`
+) -> pd.DataFrame: # best first: `shortcut`, `films`, `auc`, `low`, `high`, `suspicious`, `verdict`
     "How well each thing that is not disease predicts the disease, for patients never seen."
     df, g = (frame, None) if glances is None else glances.readable(frame)
     y, name = target_of(df, target)
@@ -162,5 +162,6 @@ def _verdict(what: str, name: str, value: float, low: float, high: float, alarm:
     if low > alarm:
         return f"Suspicious: {name} is predicted by {how} alone {figures}; {cure}."
     if high > .65 and high - low > .2:
-        return f"Undecided: predicted by {how} alone {figures}, which is too wide to say; more patients are needed."
+        return (f"Undecided: predicted by {how} alone {figures}, which is too wide to say; "
+                "more patients are needed.")
     return f"Quiet: predicted by {how} alone {figures}."

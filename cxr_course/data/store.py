@@ -20,14 +20,14 @@ __all__ = ['ImageStore']
 
 # %% ../../nbs/library/data/store.ipynb #e517ba20
 class ImageStore:
-    "Decoded images in one memory-mapped file, seen through a frame; pixels stay on disk until they are asked for."
+    "Decoded images in one memory-mapped file, seen through a frame; pixels stay on disk until asked for."
     def __init__(self,
         folder: str | Path, # a folder that `build_store` made
         frame: pd.DataFrame, # images that are in it, in any order, with any labels and splits
     ):
         self.folder = Path(folder)
         if not (self.folder / "store.json").exists():
-            raise CourseError("no finished store", folder, "make one with build(frame, shape, folder)")
+            raise CourseError("no finished store", folder, "make one with build_store(frame, shape, folder)")
         index = pd.read_csv(self.folder / "index.csv", dtype=str, keep_default_na=False)
         # (every image of the store, h, w) uint8
         self.pixels = np.load(self.folder / "images.npy", mmap_mode="r")
@@ -83,7 +83,7 @@ class ImageStore:
         return self.frame["path"].map(index.set_index("path")["sha256"])
 
     def refuse_leakage(self) -> None:
-        "Raise if a patient stands in two splits of the frame; asked once for each frame, however many epochs follow."
+        "Raise if a patient stands in two splits of the frame; checked once for each frame."
         if getattr(self, "_guarded", None) is self.frame:
             return
         frame = self.frame if "group" in self.frame else regroup(self.frame)

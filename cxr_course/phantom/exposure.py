@@ -12,9 +12,8 @@ from types import SimpleNamespace
 import numpy as np
 from scipy import ndimage
 
-from cxr_course.phantom.geometry import (
-    Beam, airways, clavicles, flat_bones, lungs, mediastinum, ribs, soft_tissue, tubes, vessels,
-)
+from .bones import airways, clavicles, flat_bones, ribs, tubes, vessels
+from .geometry import Beam, lungs, mediastinum, soft_tissue
 
 # %% auto #0
 __all__ = ['ENERGIES', 'ATTENUATION', 'HOSPITALS', 'attenuation_coefficient', 'smooth_noise', 'chest_state', 'attenuate',
@@ -35,7 +34,7 @@ def attenuation_coefficient(
     material: str, # one of ATTENUATION
     kev: float = 60, # effective energy of the beam, 40 to 100 keV
 ) -> float: # linear attenuation in 1/cm
-    "How strongly a material weakens the beam, per centimetre (log-log interpolation between the tabulated energies)."
+    "How strongly a material weakens the beam, per centimetre; interpolated between the tabulated energies."
     density, table_ = ATTENUATION[material]
     return density * math.exp(np.interp(math.log(kev), np.log(ENERGIES), np.log(table_)))
 
@@ -58,7 +57,7 @@ def smooth_noise(
 # %% ../../nbs/lessons/02_xray_image.ipynb #bd379892
 def chest_state(
     beam: Beam,
-    g: np.random.Generator, # everything that differs from film to film
+    g: np.random.Generator, # everything that differs from image to image
     breath: float = 0., # cm of diaphragm
 ) -> SimpleNamespace: # cm of everything along each ray
     "The healthy chest as the rays meet it: centimetres of lung, soft tissue, bone and air for every pixel."
@@ -97,7 +96,7 @@ def attenuate(
 # %% ../../nbs/lessons/02_xray_image.ipynb #249c75cf
 @dataclass(frozen=True)
 class Hospital:
-    "How one hospital makes its pictures."
+    "How one hospital makes its images."
     name: str
     photons: float = 6e4   # quanta a pixel outside the body; fewer means more noise
     scatter: float = .9    # scattered against direct radiation
@@ -105,8 +104,8 @@ class Hospital:
     equalise: float = .5   # how much of the coarse contrast the machine takes out
     blur: float = .035     # cm
     marker: str = "R"      # lead letter beside the patient's right shoulder
-    marker_size: float = .07 # of the height of the film
-    marker_at: tuple = (.06, .10) # across, down, as shares of the film
+    marker_size: float = .07 # of the height of the image
+    marker_at: tuple = (.06, .10) # across, down, as shares of the image
     text: str = ""         # burnt in at the lower edge
     border: float = 0.     # black collimation border, share of the width
 
@@ -129,7 +128,7 @@ def expose(
     g: np.random.Generator, # for the noise
     exposure: float = 1., # dose against the hospital's usual one
 ) -> np.ndarray: # (h, w) float32 in [0, 1], bones white
-    "From attenuation to picture: primary beam, scatter, blur, quantum noise, logarithm, display window."
+    "From attenuation to image: primary beam, scatter, blur, quantum noise, logarithm, display window."
     primary = np.exp(-attenuation)
     light = ndimage.gaussian_filter(primary + 0.25 * hospital.scatter * _coarse(primary, 3.2 / px),
                                     hospital.blur / px)
@@ -147,7 +146,7 @@ def stamp_markers(
     film: np.ndarray, # (h, w) in [0, 1]
     hospital: Hospital,
     marker: str | None = None, # another letter than the hospital's usual one; '' for none
-) -> np.ndarray: # the film with what the hospital adds
+) -> np.ndarray: # the image with what the hospital adds
     "Side marker, burnt-in text and collimation border: none of it is anatomy."
     from PIL import Image, ImageDraw, ImageFont
     h, w = film.shape

@@ -21,7 +21,9 @@ __all__ = ['FILE_NAMES', 'PHANTOM_VERSION', 'write_dataset', 'sample_dataset']
 # %% ../../nbs/library/phantom/files.ipynb #e589cdd4
 def _nih_name(r): return f"images/{int(r.patient[1:]) + 1:08d}_{r.number:03d}.png"
 def _mendeley_name(r):
-    return f"{'train' if r.split == 'val' else r.split}/{'NORMAL' if r.label == 'NORMAL' else 'PNEUMONIA'}/{r.label}-{int(r.patient[1:]) + 1:05d}-{r.number + 1:04d}.jpeg"
+    folder = "NORMAL" if r.label == "NORMAL" else "PNEUMONIA"
+    name = f"{r.label}-{int(r.patient[1:]) + 1:05d}-{r.number + 1:04d}.jpeg"
+    return f"{'train' if r.split == 'val' else r.split}/{folder}/{name}"
 def _kaggle_name(r):
     p = int(r.patient[1:]) + 1
     if r.label == "NORMAL": return f"{r.split}/NORMAL/IM-{p:04d}-{r.number + 1:04d}.jpeg"
@@ -39,9 +41,9 @@ def write_dataset(
     world: pd.DataFrame, # what `population` planned
     folder: str | Path, # a folder that is not there yet
     layout: str = "mendeley", # one of LAYOUTS
-    workers: int | None = None, # processes; default: one a core for more than 100 films
+    workers: int | None = None, # processes; default: one a core for more than 100 images
 ) -> Path: # the folder
-    "Draw every film of a world and write it in the layout of a real data set, with `truth.csv` beside it."
+    "Draw every image of a world and write it in the layout of a real data set, with `truth.csv` beside it."
     if layout not in FILE_NAMES:
         raise CourseError(f"unknown layout {layout!r}", None, f"the known ones are {', '.join(FILE_NAMES)}")
     fits = {"mendeley": "pneumonia", "kaggle": "pneumonia"}.get(layout, layout)
@@ -58,14 +60,14 @@ def write_dataset(
         jobs = (delayed(_write_one)(r, part / r["path"], layout) for r in plan.to_dict("records"))
         done = Parallel(n_jobs=workers or (1 if len(plan) < 100 else -1), return_as="generator",
                         batch_size=8)(jobs)
-        boxes = [b for found in progress(done, "taking films", len(plan)) for b in found]
+        boxes = [b for found in progress(done, "taking images", len(plan)) for b in found]
         plan.drop(columns="number").to_csv(part / "truth.csv", index=False)
         if layout == "nih": _nih_lists(plan, boxes, part)
     return Path(folder)
 
 # %% ../../nbs/library/phantom/files.ipynb #d4ee9b70
 def _write_one(row: dict, path: Path, layout: str) -> list[tuple]:
-    "Draw one film and write it; return the boxes of its findings."
+    "Draw one image and write it; return the boxes of its findings."
     from PIL import Image
     path.parent.mkdir(parents=True, exist_ok=True)
     picture, truth = draw_image(row, masks=True)
@@ -129,7 +131,7 @@ def _write_dicom(row: dict, picture: np.ndarray, path: Path) -> None:
     ds.save_as(path, enforce_file_format=True)
 
 # %% ../../nbs/library/phantom/files.ipynb #5d9b1175
-PHANTOM_VERSION = 1   # of the drawing: raise it when films change, and old caches are left alone
+PHANTOM_VERSION = 1   # of the drawing: raise it when images change, and old caches are left alone
 
 def sample_dataset(
     kind: str = "pneumonia", # one of KINDS

@@ -14,7 +14,8 @@ from scipy import ndimage
 
 from .anatomy import Chest
 from .exposure import smooth_noise
-from .geometry import ellipsoid, smooth_step, vessels
+from .bones import vessels
+from .geometry import ellipsoid, smooth_step
 
 # %% auto #0
 __all__ = ['FINDINGS', 'PNEUMONIAS', 'LOBES', 'DRAWINGS', 'disturb_anatomy', 'patch', 'consolidation', 'interstitial',
@@ -48,7 +49,7 @@ def disturb_anatomy(
 
 # %% ../../nbs/library/phantom/findings.ipynb #b371c4fc
 def patch(
-    s: SimpleNamespace, # the state of the film: lung, beam, ...
+    s: SimpleNamespace, # the state of the image: lung, beam, ...
     centre: tuple, # x, y
     radii: tuple, # x, y, z
     fill: float, # share of the air that fluid replaces, 0 to 1
@@ -156,7 +157,7 @@ def round_mass(s, r: float, g) -> np.ndarray:
     return patch(s, (s.x[0, j], s.y[i, 0]), (r, r * g.uniform(.8, 1.1), r), .70, g, .08)
 
 def hernia(s, severity: float, g) -> np.ndarray:
-    "Stomach above the diaphragm: a round shadow behind the heart; its air is taken away from the soft tissue."
+    "Stomach above the diaphragm: a round shadow behind the heart, with air in it."
     r = 2.2 + 2.4 * severity
     where = (g.uniform(-.5, 2), s.beam.chest.domes[1] + .7 * r, -3.)
     s.air = s.air + ellipsoid(s.beam, (where[0], where[1] + 0.2 * r, -3.0),
@@ -184,7 +185,7 @@ DRAWINGS = {"BACTERIA": consolidation, "VIRUS": interstitial, "COVID-19": ground
             g: round_mass(s, 1.6 + 1.9 * v, g), "Nodule": lambda s, v, g: round_mass(s, 0.45 + 0.95 * v, g)}
 
 def add_finding(
-    s: SimpleNamespace, # the state of the film; changed
+    s: SimpleNamespace, # the state of the image; changed
     finding: str, # one of FINDINGS or PNEUMONIAS
     severity: float, # 0 to 1
     g: np.random.Generator,

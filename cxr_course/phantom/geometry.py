@@ -15,8 +15,7 @@ from scipy import ndimage
 from .anatomy import Chest
 
 # %% auto #0
-__all__ = ['Beam', 'smooth_step', 'half_width', 'half_depth', 'ellipsoid', 'lungs', 'mediastinum', 'soft_tissue', 'tubes', 'ribs',
-           'clavicles', 'flat_bones', 'vessels', 'airways']
+__all__ = ['Beam', 'smooth_step', 'half_width', 'half_depth', 'ellipsoid', 'lungs', 'mediastinum', 'soft_tissue']
 
 # %% ../../nbs/library/phantom/geometry.ipynb #bdcaa7ea
 @dataclass(frozen=True)
@@ -78,7 +77,7 @@ def ellipsoid(
     beam: Beam,
     centre: tuple, # x, y, z in cm
     radii: tuple, # in x, y, z
-    angle: float = 0., # radians in the picture plane
+    angle: float = 0., # radians in the image plane
 ) -> np.ndarray: # (h, w) cm
     "The length of every ray inside an ellipsoid."
     x, y = beam.at(centre[2])
@@ -90,7 +89,7 @@ def ellipsoid(
 def lungs(
     beam: Beam,
     breath: float = 0., # how much deeper than usual, cm of diaphragm
-) -> SimpleNamespace: # cavity, open (cm of lung along each ray), x, y, wall and apex (cm to the side and to the top)
+) -> SimpleNamespace: # x, y; cavity and open (lung), wall and apex (to the side, to the top) in cm
     "The chest cavity from apex to diaphragm: the lungs before heart and spine take their share."
     c, (x, y) = beam.chest, beam.at(0)
     ax, wide = np.abs(x), half_width(y) * c.inflation
@@ -115,7 +114,7 @@ def lungs(
 def mediastinum(
     beam: Beam,
     breath: float = 0., # cm of diaphragm
-) -> SimpleNamespace: # heart, front (heart and vessels), back (aorta, soft tissue of the spine): cm along each ray
+) -> SimpleNamespace: # heart, front (with vessels), back (aorta, spine): cm along each ray
     "Heart, great vessels and what stands behind them."
     c, h = beam.chest, beam.chest.heart
     low, old = -4.9 - .55 * breath, max(c.age - 40, 0)
@@ -164,137 +163,3 @@ def soft_tissue(
         round_ = 1 - ((np.abs(x) - 7.5) / 5.6) ** 2 - (np.where(y < -5.2, (y + 5.2) / 4, (y + 5.2) / 8)) ** 2
         skin = skin + .62 * c.breast * np.maximum(round_, 0) ** .35 * smooth_step(-y, -1.8, 8.7)
     return skin.astype(np.float32)
-
-# %% ../../nbs/library/phantom/geometry.ipynb #501ab3b1
-def tubes(
-    beam: Beam,
-    points: np.ndarray, # (n, 3) along the middle of the tubes
-    radius: np.ndarray, # (n,) cm
-    volume: np.ndarray, # (n,) cm3 that each point stands for
-    hollow: float = 0., # 0 solid, towards 1 a shell, as cortical bone is
-) -> np.ndarray: # (h, w) cm along each ray
-    "The length of every ray inside tubes, each drawn as a chain of small balls that keeps its volume."
-    (h, w), (row, col, k) = beam.shape, beam.project(points)
-    r = np.maximum(radius * k, 1.)                       # a thinner tube is drawn one pixel wide, and paler
-    out, reach = np.zeros(h * w), np.ceil(r + .5).astype(int)
-    for size_ in np.unique(reach):
-        m, o = reach == size_, np.arange(-size_, size_ + 1)
-        i, j = np.rint(row[m]).astype(int)[:, None] + o, np.rint(col[m]).astype(int)[:, None] + o
-        d2, r2 = (i - row[m][:, None])[:, :, None] ** 2 + (j - col[m][:, None])[:, None, :] ** 2, (r[m] ** 2)[
-            :, None, None
-        ]
-        ball = np.sqrt(np.maximum(r2 - d2, 0)) - hollow * np.sqrt(np.maximum(.55 * r2 - d2, 0))
-        ball *= (volume[m] * k[m] ** 2 / ball.sum((1, 2)))[:, None, None]
-        on = ((i >= 0) & (i < h))[:, :, None] & ((j >= 0) & (j < w))[:, None, :]
-        out += np.bincount((i[:, :, None] * w + j[:, None, :])[on], ball[on], minlength=h * w)
-    return out.reshape(h, w)
-
-# %% ../../nbs/library/phantom/geometry.ipynb #9b1dbc75
-def ribs(
-    chest: Chest,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]: # points (n, 3), radius (n,), cm3 a point (n,)
-    "Twelve pairs of ribs: from the spine round the side to the front, where bone turns into cartilage and fades."
-    parts = []
-    for i in range(12):
-        turn = np.linspace(.20, 2.35 if i < 10 else 1.5, 70)
-        fall = chest.slope * (2.0 + 6.8 * (i + 2) / (i + 6))
-        y = (
-            12.6
-            - 1.98 * i
-            - 0.015 * i * i
-            + 0.5 * np.sin(1.6 * turn) * (turn < 1.9)
-            - 0.68 * fall * (1 - np.cos(turn))
-        )
-        wide = (half_width(y - 1) * chest.inflation + .35) * (.70, .90, 1.)[min(i, 2)]
-        deep = half_depth(y) * chest.depth * chest.inflation + .35
-        bone = smooth_step(turn, .15, .35) * (1 - .75 * smooth_step(turn, 1.95, 2.35)) * (.7 if i == 0 else 1)
-        tall = np.interp(turn, [0, .5, 1.5, 2.4], [.58, .60, .55, .66])
-        for side in (-1, 1):
-            p = np.stack([side * wide * np.sin(turn), y, -deep * np.cos(turn)], 1)
-            long = np.linalg.norm(np.gradient(p, axis=0), axis=1)
-            parts.append((p, tall, .75 * long * tall * bone))
-    return tuple(map(np.concatenate, zip(*parts)))
-
-# %% ../../nbs/library/phantom/geometry.ipynb #a6c9b538
-def clavicles(
-    g: np.random.Generator, # how the shoulders are held
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]: # points (n, 3), radius (n,), cm3 a point (n,)
-    "The two collar bones, each a flat S."
-    t, parts = np.linspace(0, 1, 60), []
-    for side in (-1, 1):
-        y = 10.2 + g.uniform(-.5, .5) + 2.2 * t + .7 * np.sin(2 * np.pi * t)
-        parts.append((np.stack([side * (1.7 + 14.3 * t), y, 6 - 6 * t], 1),
-                      0.62 + 0.25 * (1 - t) ** 4 + 0.15 * t**3, np.full(60, 0.25)))
-    return tuple(map(np.concatenate, zip(*parts)))
-
-# %% ../../nbs/library/phantom/geometry.ipynb #47c10243
-def flat_bones(
-    beam: Beam,
-) -> np.ndarray: # (h, w) cm of compact bone along each ray
-    "Spine, shoulder blades and the heads of the arm bones."
-    c, (x, y) = beam.chest, beam.at(-4.5)
-    x = x - c.lean * np.sin(y / 9)
-    ax, phase = np.abs(x), (y / 2.15) % 1
-    vertebra = np.sqrt(np.maximum(1 - (ax / (1.75 + 0.012 * (10 - y))) ** 4, 0)) * (
-        0.22 + 0.30 * smooth_step(phase, 0.04, 0.14) * smooth_step(1 - phase, 0.04, 0.14)
-    )
-    pedicle = .30 * np.exp(-(((ax - 1.25) / .33) ** 2 + ((phase - .62) / .22) ** 2))
-    spinous = .25 * np.exp(-(x / .28) ** 2) * smooth_step(phase, .2, .5) * smooth_step(1 - phase, .1, .3)
-    transverse = .18 * np.exp(-((phase - .72) / .16) ** 2) * smooth_step(3.3 - ax, 0, .6) * (ax > 1.2)
-    ax, y = np.abs(beam.at(-8)[0]), beam.at(-8)[1]
-    inner = 13.2 if beam.view == "PA" else 11.2            # arms forward turn the blades out of the lungs
-    blade = (
-        0.32
-        * smooth_step(ax - inner, 0, 0.35)
-        * smooth_step(9.5 - y, 0, 0.5)
-        * smooth_step(y + 4.5 - 0.75 * (ax - inner), 0, 0.5)
-        * smooth_step(19 - ax, 0, 3)
-    )
-    head = 1.3 * np.sqrt(
-        np.maximum(
-            1
-            - ((np.abs(beam.at(-2)[0]) - 18.6) / 2.3) ** 2
-            - ((beam.at(-2)[1] * c.stretch - 10.2) / 2.3) ** 2,
-            0,
-        )
-    )
-    return (vertebra + pedicle + spinous + transverse + blade + head).astype(np.float32)
-
-# %% ../../nbs/library/phantom/geometry.ipynb #75847914
-def vessels(
-    beam: Beam,
-    lung: np.ndarray, # (h, w) cm of lung: nothing is drawn outside it
-    thick: float = 1., # times the patient's own width
-    share: float = 1., # the part of each branch, 1 for vessels, less for the airways beside them
-) -> np.ndarray: # (h, w) cm along each ray
-    "The branching tubes of both lungs as the rays meet them."
-    total = np.zeros(beam.shape)
-    for p, r, long in beam.chest.trees.values():
-        row, col, _ = beam.project(p)
-        inside = (np.abs(p[:, 0]) < 0.97 * half_width(p[:, 1])) & (
-            ndimage.map_coordinates(lung, [row, col], order=1) > 0.6
-        )
-        r = (r * beam.chest.vessels * thick)[inside]
-        total += tubes(beam, p[inside], r * share, np.pi * (r * share) ** 2 * long[inside])
-    return total
-
-# %% ../../nbs/library/phantom/geometry.ipynb #2b9ef478
-def airways(
-    beam: Beam,
-    g: np.random.Generator, # for the stomach bubble, other on every film
-    breath: float = 0., # cm of diaphragm
-) -> np.ndarray: # (h, w) cm of air along each ray
-    "Air outside the lungs: windpipe, main bronchi, and the bubble in the stomach with its level."
-    x, y = beam.at(-1.5)
-    pipe = 1.3 * np.sqrt(np.maximum(1 - ((x - 0.3 * smooth_step(6 - y, -3,
-                                                                3) - beam.chest.shift) / 0.85) ** 2,
-                                    0)) * smooth_step(y - 3.6, 0, 0.8)
-    for side, angle in ((-1, .62), (1, .9)):
-        along = np.clip((x - .2) * side * math.sin(angle) + (3.9 - y) * math.cos(angle), 0, 3.2)
-        off = np.hypot(x - .2 - side * math.sin(angle) * along, y - 3.9 + math.cos(angle) * along)
-        pipe = np.maximum(pipe, .95 * np.sqrt(np.maximum(1 - (off / .6) ** 2, 0)))
-    where = (g.uniform(4.5, 7.5), beam.chest.domes[1] - breath - g.uniform(2.2, 3.2), 1.)
-    bubble = ellipsoid(beam, where, (g.uniform(1.6, 3.0), g.uniform(0.9, 1.5),
-                                     g.uniform(0.5,
-                                               1.6))) * smooth_step(beam.at(1.0)[1] - where[1], -0.9, -0.5)
-    return pipe + bubble

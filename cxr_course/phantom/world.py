@@ -24,8 +24,8 @@ def draw_image(
     row, # one row of a world (a Series, a namedtuple or a dict)
     shape: tuple[int, int] | None = None, # rows, columns; default: the row's own height and width
     masks: bool = False, # also return the truth
-) -> np.ndarray | tuple[np.ndarray, dict]: # (h, w) float32 in [0, 1]; with masks also {'lungs', 'heart', each finding: (h, w) bool}
-    "Take one film: the row's patient, in this pose, with these findings, in this hospital. Same row, same bytes."
+) -> np.ndarray | tuple[np.ndarray, dict]: # (h, w) in [0, 1], and masks {'lungs', 'heart', finding: (h, w)}
+    "Take one image: this patient, pose, hospital, these findings. Same row, same bytes."
     row = row._asdict() if hasattr(row, "_asdict") else dict(row)
     key, found = (row["seed"], row["patient"]), _found(row)
     g = rng(*key, "film", row["film"])
@@ -69,15 +69,16 @@ def population(
     patients: int, # how many
     seed: int = 0, # another seed is another population
     kind: str = "pneumonia", # one of KINDS
-    films: tuple[int, int] = (1, 4), # fewest and most films of one patient
+    films: tuple[int, int] = (1, 4), # fewest and most images of one patient
+    *,
     hospitals: tuple[str, ...] = ("A",), # who takes them
     # {'hospital' | 'marker' | 'exposure' | 'size': strength 0 to 1}: what gives the label away
     tie: dict[str, float] | None = None,
     prevalence: float = .6, # share of patients with disease ('pneumonia', 'covid')
-    pixels: int = 256, # width of a film
+    pixels: int = 256, # width of an image
     split: tuple[float, float, float] = (.7, .15, .15), # shares of patients for train, val, test
-) -> pd.DataFrame: # one row a film, no picture drawn yet
-    "A population: who comes, how often, with what, and where the film is taken."
+) -> pd.DataFrame: # one row an image, no image drawn yet
+    "A population: who comes, how often, with what, and where the image is taken."
     if kind not in POPULATIONS:
         raise CourseError(f"unknown kind of world {kind!r}", None,
                           f"the known ones are {', '.join(POPULATIONS)}")
@@ -88,8 +89,9 @@ def population(
     if unknown := set(hospitals) - set(HOSPITALS):
         raise CourseError(f"unknown hospital {sorted(unknown)[0]!r}", None,
                           f"the known ones are {', '.join(HOSPITALS)}")
-    rows = [r for p in range(patients) for r in _patient(p, seed, kind, films, hospitals, tie or {},
-                                                         prevalence, pixels, split)]
+    rows = [r for p in range(patients)
+            for r in _patient(p, seed, kind, films, hospitals=hospitals, tie=tie or {}, prevalence=prevalence,
+                              pixels=pixels, split=split)]
     df = pd.DataFrame(rows)
     df["film"] = np.arange(len(df))
     labels, _ = POPULATIONS[kind]
@@ -98,8 +100,8 @@ def population(
     return df
 
 # %% ../../nbs/library/phantom/world.ipynb #7ef37953
-def _patient(p, seed, kind, films, hospitals, tie, prevalence, pixels, split):
-    "All films of one patient, as rows."
+def _patient(p, seed, kind, films, *, hospitals, tie, prevalence, pixels, split):
+    "All images of one patient, as rows."
     g = rng(seed, "patient", p)
     labels, (young, old) = POPULATIONS[kind]
     age, sex = round(float(g.uniform(young, old)), 1), "FM"[g.integers(2)]
@@ -113,7 +115,7 @@ def _patient(p, seed, kind, films, hospitals, tie, prevalence, pixels, split):
     if labels: truth = {"label": labels[0] if g.random() > prevalence else labels[1 + int(g.random() < .5)]}
     else: truth = {f: float(g.random() < q) for f, q in PREVALENCE.items()}
     ill = truth["label"] != labels[0] if labels else any(truth.values())
-    # how ill this patient is; single films vary around it
+    # how ill this patient is; single images vary around it
     course = g.beta(2.0, 1.5)
     chest = chest_anatomy((seed, who["patient"]), age, sex)
     for n in range(int(g.integers(films[0], films[1] + 1))):
