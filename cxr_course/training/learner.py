@@ -135,7 +135,7 @@ def _generators(part) -> list:
     "The states of the random generators of a model and its layers."
     return [v for v in part.variables if "seed_generator_state" in v.path]
 
-def _reseed(part, seed: int, epoch: int) -> None:
+def reseed(part, seed: int, epoch: int) -> None:
     for i, state in enumerate(_generators(part)):
         state.assign(np.array([_seed(seed, "layer", i, epoch), 0], dtype="uint32"))
 
@@ -201,7 +201,7 @@ def run_epochs(
             rate = learning_rate(schedule, val_losses(history), lr, epochs)
             if rate is not None:
                 taught.optimizer.learning_rate = rate
-            _reseed(taught, seed, len(history))
+            reseed(taught, seed, len(history))
             shown = batches(_seed(seed, "order", len(history)))
             if isinstance(taught, Learner):
                 taught.run_epoch(shown, len(history), relay)

@@ -44,7 +44,8 @@ SMALL = Space(filters=((8, 32), (8, 64), (8, 64)), dense=(8, 32), step=8)
 def import_keras_tuner():
     "keras-tuner and what it needs, or a word about how to get them."
     try:
-        import keras_tuner, tensorboard
+        import keras_tuner
+        import tensorboard # noqa: F401
     except ImportError as e:
         raise CourseError(f"a search needs keras-tuner and TensorBoard, and {e.name} is missing", None,
                           'install them with pip install "cxr-course[tune]"') from e

@@ -155,7 +155,7 @@ def unfreeze(
 
 # %% ../../nbs/lessons/10_transfer.ipynb #f26d9e76
 def layer_learning_rates(
-    model, # thawed
+    model, # unfrozen
     borrowed: float = .1, # the share of the learning rate that pretrained weights take ...
     # ... at the end of the backbone; at its beginning this one, and in between between; default: the same
     first: float | None = None,
