@@ -1,4 +1,4 @@
-"""One door to training: the same run folder and the same guards from the terminal, from experiments and from Python."""
+"""One door to training: the same run folder and guards from the terminal, from experiments and from Python."""
 import json
 import os
 import shutil
@@ -26,6 +26,7 @@ from cxr_course.training.judging import predict_elsewhere, report_run, report_te
 from cxr_course.training.preparing import arrange, choose_findings, prepare
 from cxr_course.training.reference import load_reference
 from cxr_course.training.run import load_run
+from cxr_course.training.run_folder import can_resume
 
 pytest.importorskip("keras")
 

@@ -1,11 +1,10 @@
-"""Training: a killed run continued is the same run, Ctrl-C keeps the best model, and nothing foreign is loaded."""
+"""Training: a killed run continued is the same run, Ctrl-C keeps the best model, nothing foreign is loaded."""
 import json
 import os
 import signal
 import subprocess
 import sys
 import textwrap
-import time
 import zipfile
 
 import numpy as np

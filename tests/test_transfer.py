@@ -1,4 +1,4 @@
-"""Borrowed networks: the right pixels, the right weights or a reason, and nothing that changes while it is frozen."""
+"""Pretrained networks: the right pixels, the right weights or a reason, and nothing changes while frozen."""
 import numpy as np
 import pytest
 
@@ -84,7 +84,7 @@ def test_pixels_as_the_family_wants_them(name):
 
 
 def test_efficientnet_divides_by_deviations():
-    "Its ImageNet file keeps deviations where variances belong; Keras mends that with a layer of its own, which a network built without weights has not."
+    "Its file keeps deviations where variances belong; Keras mends that with a layer that we do not have."
     look = feature_extractor(build_backbone("efficientnetb0", (32, 32, 1)))
     layer = next(layer for layer in look.layers if isinstance(layer, keras.layers.Normalization))
     mean, std = np.array([.485, .456, .406]), np.array([.229, .224, .225])

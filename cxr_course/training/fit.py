@@ -95,7 +95,7 @@ def fit(
     deterministic: bool = False, # ask TensorFlow for operations that never vary; somewhat slower
     name: str | None = None, # what to call the model on the card; default: its own name
     about: dict | None = None, # what else the card shall tell
-) -> TrainingRun | None: # the finished run; `model` itself is left with the kept weights. Of several processes only the first has a run
+) -> TrainingRun | None: # the finished run, in the first of several processes; `model` has the kept weights
     "Train a network and leave a run folder."
     run, val = Path(run), val if val is not None else train
     if normaliser is not None:
@@ -154,7 +154,7 @@ def _train(model, train, val, part: Path | None, plan: dict, given: Given) -> bo
     return False
 
 def _repeatable(stream: Callable):
-    "A stream that begins anew with every look at it: Keras looks more than once when it shares batches among devices."
+    "A stream that begins anew with every look: Keras looks more than once when it shares batches."
     shape = stream()
     data = tf.data.Dataset.from_generator(stream, output_signature=shape.element_spec)
     return data.apply(tf.data.experimental.assert_cardinality(shape.cardinality()))
@@ -171,7 +171,7 @@ def _same_start(strategy, plan: dict, variables: list, history: list[dict]) -> l
 def _recorder(
     model, part: Path | None, plan: dict, variables: list, each: Callable | None
 ) -> Iterator[Callable]:
-    "Writes an epoch down: history, TensorBoard, the model if it is the one to keep, and last of all the state."
+    "Writes an epoch down: history, TensorBoard, the model if it is to be kept, and last the state."
     if part is None:
         yield lambda history: None
         return

@@ -77,7 +77,7 @@ def _layerwise(kind: type, rates: list[float], decay: float | None) -> type:
     return Layerwise
 
 def _optimizer(chosen, lr: float | None, rates: list[float] | None, accumulate: int, precision: str):
-    "A fresh optimizer: of the kind that was chosen, with layer-wise rates, accumulation and loss scaling where asked for."
+    "A fresh optimizer of the chosen kind, with layer-wise rates, accumulation and loss scaling."
     plain = keras.optimizers.get(chosen)
     plain = getattr(plain, "inner_optimizer", plain)
     config = plain.get_config() | (dict(learning_rate=lr) if lr is not None else {})
@@ -114,7 +114,7 @@ def learner(
 # %% ../../nbs/library/training/learner.ipynb #ee77db9e
 @contextmanager
 def precision_scope(model, precision: str) -> Iterator[None]:
-    "What is compiled in this block computes with fewer digits; the weights, and what is compiled later, keep all of them."
+    "What is compiled in this block computes with fewer digits; the weights keep all of them."
     def inside(part):
         return [part, *(layer for sub in getattr(part, "layers", ()) for layer in inside(sub))]
     before = [(layer, layer.dtype_policy) for layer in inside(model)]

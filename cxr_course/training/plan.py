@@ -120,7 +120,7 @@ def _refuse_labels(frame: pd.DataFrame, split: str, classes: int) -> None:
 
 # %% ../../nbs/library/training/plan.ipynb #0d16a885
 def _describe(part) -> str | None:
-    "In words that a card can hold: a layer, a loss or an optimizer with its settings, of a plain function the name."
+    "For a card: a layer, loss or optimizer with its settings, of a plain function the name."
     if part is None or isinstance(part, str):
         return part
     if isinstance(part, (keras.Layer, keras.losses.Loss, keras.optimizers.Optimizer)):

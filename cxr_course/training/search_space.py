@@ -87,7 +87,7 @@ def mean_auc(task: Task, truth: np.ndarray, p: np.ndarray) -> float:
 
 # %% ../../nbs/library/training/search_space.ipynb #d654c324
 class ValidationAUC(keras.callbacks.Callback):
-    "After every epoch: loss and AUC on validation, counted by pairs, for the callbacks that follow and for the history."
+    "After every epoch: validation loss and AUC, counted by pairs, for later callbacks and the history."
     def __init__(self,
         store, # a Store with validation images
         file: str | Path | None = None, # where the predictions of the epoch with the lowest loss go

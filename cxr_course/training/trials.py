@@ -50,7 +50,7 @@ def _row(file: Path, epochs: int) -> dict:
 # %% ../../nbs/library/training/trials.ipynb #a57f0c75
 def trials(
     folder: str | Path, # of a search
-) -> pd.DataFrame: # one row a trial: trial, the hyperparameters, score, spread (standard deviation over runs), runs, epochs (of all runs), seconds, status, reason, asked, of
+) -> pd.DataFrame: # a row a trial: hyperparameters, score, spread over runs, epochs, seconds, status ...
     "The table of a search, read from its folder."
     folder = Path(folder)
     if not (folder / "plan.json").exists():
@@ -101,7 +101,7 @@ def best(
 # %% ../../nbs/library/training/trials.ipynb #f16b6acd
 def trial_predictions(
     folder: str | Path, # of a search
-) -> tuple[pd.DataFrame, list[int], np.ndarray]: # the images, numbers of the trials, (trials, images, names) probabilities
+) -> tuple[pd.DataFrame, list[int], np.ndarray]: # images, trials, (trials, images, names) probabilities
     "What every finished trial said of every validation image; the mean over executions."
     folder = Path(folder)
     plan, found = read_json(folder / "plan.json"), trials(folder)
@@ -125,7 +125,7 @@ def halves(
     folder: str | Path, # of a search
     times: int = 200, # how often the patients are halved
     seed: int = 0, # same seed, same halves
-) -> pd.DataFrame: # one row a halving: winner, chosen_on (its AUC on the half that chose it), fresh (on the other), all_ (mean of all trials on the half that chose)
+) -> pd.DataFrame: # a row a halving: winner, its AUC chosen_on one half and fresh, all_: mean of trials
     "Let one half of the validation patients choose the winner, and see how it does on the other half."
     images, ids, p = trial_predictions(folder)
     task, codes, rows = Task.of(images), pd.factorize(groups(images))[0], []

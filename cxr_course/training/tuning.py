@@ -108,7 +108,7 @@ def _tuner(method: str, network, folder: Path, plan: dict, n: int, budget: _Budg
 # %% ../../nbs/lessons/12_search.ipynb #28726b2a
 @contextlib.contextmanager
 def _quiet():
-    "Without remarks on compiling anew and on the Gaussian process, and without tracebacks: reasons stand in the table."
+    "Without remarks on compiling and the Gaussian process, and without tracebacks: the table has reasons."
     from keras_tuner.src import config
     log = logging.getLogger("tensorflow")
     before, debug = log.level, config.DEBUG
