@@ -1,4 +1,4 @@
-"""One door to training: the same run folder and guards from the terminal, from experiments and from Python."""
+"""One door to training: the same run folder and guards from the terminal, from experiments and Python."""
 import json
 import os
 import shutil

@@ -1,4 +1,4 @@
-"""Training: a killed run continued is the same run, Ctrl-C keeps the best model, nothing foreign is loaded."""
+"""Training: a killed run continued is the same run, Ctrl-C keeps the best model, nothing odd is loaded."""
 import json
 import os
 import signal

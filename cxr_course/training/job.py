@@ -115,11 +115,11 @@ def _try_network(model, backbone: str | None, shape: tuple[int, int], seed: int,
     elif not callable(model):
         _network(model, shape, Task.of(frame).outputs, seed)
 
-def _learner(model, backbone: str | None, store, seed: int, borrowed: dict, options: dict) -> Callable:
+def _learner(model, backbone: str | None, store, seed: int, pretrained: dict, options: dict) -> Callable:
     "What trains into a run folder: a backbone in its two stages, or a network as it is."
     if backbone:
         from cxr_course.training.transfer import train_backbone
-        return partial(train_backbone, backbone, store, **borrowed, **options)
+        return partial(train_backbone, backbone, store, **pretrained, **options)
     from cxr_course.training.fit import fit
     network = _network(model, store.shape, Task.of(store.frame).outputs, seed)
     return partial(fit, network, store, **options)
