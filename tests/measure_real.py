@@ -18,19 +18,19 @@ import pandas as pd
 from cxr_course.core import atomic, cache_dir
 from cxr_course.data import shortcuts as shortcuts_module
 from cxr_course.data.building import build_store
-from cxr_course.data.exploration import glance
-from cxr_course.data.files import shape_of
-from cxr_course.data.loading import load
+from cxr_course.data.exploration import image_features
+from cxr_course.data.files import image_shape
+from cxr_course.data.loading import load_dataset
 from cxr_course.data.pipeline import Normalizer
 from cxr_course.data.splits import hold_out, split_by_patient
 from cxr_course.evaluation.breakdown import evaluate
-from cxr_course.evaluation.metrics import aucs
+from cxr_course.evaluation.metrics import auc_by_task
 from cxr_course.frame import Task, groups, make_frame
 from cxr_course.models.baseline import fit_classical
-from cxr_course.stats.intervals import auc_interval
+from cxr_course.stats.intervals import auc_ci
 
 RESULTS = Path(__file__).parent.parent / "nbs" / "results"
-read = partial(load, unknown="image")
+read = partial(load_dataset, unknown="image")
 
 
 def keep(name: str, command: str, rows: list[dict]) -> None:
@@ -43,7 +43,7 @@ def keep(name: str, command: str, rows: list[dict]) -> None:
 def shortcuts(root: Path) -> None:
     "AUC of everything but the lungs, for the lesson on exploration."
     def alone(words, films, target=None):
-        found = shortcuts_module.shortcuts(films, glance(films), target=target)
+        found = shortcuts_module.find_shortcuts(films, image_features(films), target=target)
         return dict(films=words,
                     number=len(films)) | {r.shortcut: [round(v, 3) for v in (r.auc, r.low, r.high)]
                                           for r in found.itertuples() if pd.notna(r.auc)}
@@ -54,7 +54,7 @@ def shortcuts(root: Path) -> None:
     normals = covid[covid["label"] == covid["label"].cat.categories[0]].assign(label="adult or unknown")
     children = make_frame(
         [
-            dict(path=str(p), label="child", **dict(zip(("height", "width"), shape_of(p))))
+            dict(path=str(p), label="child", **dict(zip(("height", "width"), image_shape(p))))
             for p in sorted((root / "covid_qu_ex_layout/confound_paediatric_normals").glob("*.png"))
         ],
         unknown="image",
@@ -90,9 +90,9 @@ def nih(root: Path) -> None:
     "Fourteen findings on 800 images, plain against weighted loss, for the lesson on class imbalance."
     import tempfile
 
-    from cxr_course.evaluation.rare_findings import judged
+    from cxr_course.evaluation.rare_findings import judge_findings
     from cxr_course.models.cnn import build_cnn
-    from cxr_course.models.losses import honest, loss_for, start_bias
+    from cxr_course.models.losses import undo_weighting, loss_for, initial_bias
     from cxr_course.training.fit import fit
     from cxr_course.training.recipe import basic_augmentation
     films = read(root / "nih")
@@ -103,22 +103,22 @@ def nih(root: Path) -> None:
     store, names, rows = build_store(films, (64, 64)), list(Task.of(films).names), []
     for kind, seed in ((k, s) for k in ("plain", "weighted") for s in range(3)):
         loss = loss_for(store, kind)
-        model = start_bias(build_cnn("separable", (64, 64, 1), len(names), seed=seed), store, loss)
+        model = initial_bias(build_cnn("separable", (64, 64, 1), len(names), seed=seed), store, loss)
         with tempfile.TemporaryDirectory() as place:
             run = fit(model, store, run=Path(place, "run"), epochs=25, lr=3e-3, optimizer="adamw",
                       schedule="cosine", patience=25, seed=seed, augment=basic_augmentation((64, 64)),
                       loss=loss)
         p = run.predictions[run.predictions["split"] == "test"].reset_index(drop=True)
-        found = judged(p)
+        found = judge_findings(p)
         rare = found.index[found["value"].isna()]
         kept = [c for c in names if c not in rare]
         said = lambda q, kept=kept: round(float(q[[f"p_{c}" for c in kept]].to_numpy().mean()), 3)
-        macro = aucs(p.drop(columns=[*rare, *(f"p_{c}" for c in rare)])).loc["macro"]
+        macro = auc_by_task(p.drop(columns=[*rare, *(f"p_{c}" for c in rare)])).loc["macro"]
         rows.append(dict(loss=kind, seed=seed, taught=int((films["split"] == "train").sum()), tested=len(p),
                          patients=p["patient"].nunique(), AUC=[round(float(v), 3)
                                                                for v in macro[["value", "low", "high"]]],
                          so=round(float(p[kept].to_numpy().mean()), 3), said=said(p),
-                         corrected=said(honest(p, loss)),
+                         corrected=said(undo_weighting(p, loss)),
                          findings=[dict(finding=c, patients=int(r.patients), auc=None if c in rare
                                         else round(float(r.value), 3)) for c,
                                    r in zip(found.index, found.itertuples())]))
@@ -130,7 +130,7 @@ def shift(root: Path) -> None:
     from cxr_course.shift.interventions import intervene
     from cxr_course.shift.monitor import monitor
     from cxr_course.shift.trials import intervention_effects, shortcut_trial
-    from cxr_course.training.reference import write
+    from cxr_course.training.reference import write_reference
     from cxr_course.training.run import load_run
     folder, shape, seeds, words = root / "covid_qu_ex_layout", (96, 96), (0, 1, 2), ["Normal", "COVID-19"]
     adults = read(folder, classes=2, sizes=False)
@@ -160,7 +160,7 @@ def shift(root: Path) -> None:
                                 auc=[round(v, 3) for v in (r.value, r.low, r.high)])
                            for r in intervention_effects(t).itertuples()]
             run = load_run(Path(place, taught, "full-image-0"))
-            write(run.folder, run.model, whole.using(films), run.card)
+            write_reference(run.folder, run.model, whole.using(films), run.card)
             for words_, new in (
                 ("adults of the test set", tests["adults"]),
                 ("normal adults of the test set", test(normal)),
@@ -241,8 +241,8 @@ def phantom_only(root: Path) -> None:
                                 columns=[f"p_{c}" for c in names])
             rows.append(dict(real_films=words, number=len(test), size=f"{shape[0]} x {shape[1]}",
                              taught=recipe,
-                             phantom_test=three(auc_interval(truth(own), score(own), groups(own))),
-                             real_test=three(auc_interval(test["label"] == "PNEUMONIA", score(real),
+                             phantom_test=three(auc_ci(truth(own), score(own), groups(own))),
+                             real_test=three(auc_ci(test["label"] == "PNEUMONIA", score(real),
                                                           groups(test)))))
         # what is done is done
         keep("phantom_only", "python tests/measure_real.py path/to/real/data phantom_only", rows)
