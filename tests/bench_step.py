@@ -1,9 +1,10 @@
-"""What a step through `training.fit`'s engine costs beside bare `Model.fit`: paired, alternating, the median of their ratio.
+"""What a step through the engine of `fit` costs beside bare `Model.fit`: alternating, the median ratio.
 
     python tests/bench_step.py [rounds]
 
-Both train the same network on the same batches, by the same optimizer and loss, an epoch a turn. The engine also measures loss,
-accuracy and AUC of the training images; bare Keras is timed twice, without any metric and with its own accuracy and AUC.
+Both train the same network on the same batches, by the same optimizer and loss, an epoch a turn. The engine
+also measures loss, accuracy and AUC of the training images; bare Keras is timed twice, without any metric and
+with its own accuracy and AUC.
 Validation and writing, which a bare fit does not do, are left out.
 """
 import json
@@ -70,7 +71,7 @@ if __name__ == "__main__":
             found[name].append(seconds(calls[name]))
     found = {name: np.array(turns) for name, turns in found.items()}
     for kind, of in enumerate(("clock", "processor")):
-        def ratio(one, other):
+        def ratio(one, other, kind=kind):
             return round(float(np.median(found[one][:, kind] / found[other][:, kind])), 4)
         print(json.dumps(dict(of=of, step_ms=round(1000 * float(np.median(found["plain"][:, kind])) / STEPS,
                                                    2), ours_to_bare=ratio("ours", "plain"),

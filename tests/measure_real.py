@@ -1,13 +1,15 @@
-"""Measure on real films what the chapters quote, and write it where they read it.
+"""Measure on real images what the lessons quote, and write it where they read it.
 
     python tests/measure_real.py path/to/real/data [shortcuts] [bars] [shift] [nih] [phantom_only] [borrowed]
 
-The folder holds kaggle/chest_xray, kaggle_full_size/chest_xray, covid_qu_ex_layout, pneumoniamnist_standin.npz and nih.
-Only figures are written (nbs/results/NAME.json), with the date and the lines of Python that give them; no picture leaves the folder.
+The folder holds kaggle/chest_xray, kaggle_full_size/chest_xray, covid_qu_ex_layout,
+pneumoniamnist_standin.npz and nih. Only numbers are written (nbs/results/NAME.json), with the date and the
+lines of Python that give them; no image leaves the folder.
 """
 import json
 import sys
 from datetime import date
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -23,11 +25,12 @@ from cxr_course.data.pipeline import Normalizer
 from cxr_course.data.splits import hold_out, split_by_patient
 from cxr_course.evaluation.breakdown import evaluate
 from cxr_course.evaluation.metrics import auc_by_task
-from cxr_course.frame import make_frame
+from cxr_course.frame import Task, groups, make_frame
 from cxr_course.models.baseline import fit_classical
 from cxr_course.stats.intervals import auc_ci
 
 RESULTS = Path(__file__).parent.parent / "nbs" / "results"
+read = partial(load_dataset, unknown="image")
 
 
 def keep(name: str, command: str, rows: list[dict]) -> None:
@@ -38,14 +41,14 @@ def keep(name: str, command: str, rows: list[dict]) -> None:
 
 
 def shortcuts(root: Path) -> None:
-    "AUC of everything but the lungs, for chapter 03."
+    "AUC of everything but the lungs, for the lesson on exploration."
     def alone(words, films, target=None):
-        found = shortcuts_module.find_shortcuts(films, image_features(films), target=target, unknown="picture")
+        found = shortcuts_module.find_shortcuts(films, image_features(films), target=target)
         return dict(films=words,
                     number=len(films)) | {r.shortcut: [round(v, 3) for v in (r.auc, r.low, r.high)]
                                           for r in found.itertuples() if pd.notna(r.auc)}
-    kaggle, covid = load_dataset(root / "kaggle/chest_xray"), load_dataset(root / "covid_qu_ex_layout", classes=2)
-    kinds = load_dataset(root / "kaggle/chest_xray", classes=3)
+    kaggle, covid = read(root / "kaggle/chest_xray"), read(root / "covid_qu_ex_layout", classes=2)
+    kinds = read(root / "kaggle/chest_xray", classes=3)
     ill = kinds[kinds["label"] != "NORMAL"].reset_index(drop=True)
     ill["label"] = ill["label"].cat.remove_unused_categories()
     normals = covid[covid["label"] == covid["label"].cat.categories[0]].assign(label="adult or unknown")
@@ -53,12 +56,13 @@ def shortcuts(root: Path) -> None:
         [
             dict(path=str(p), label="child", **dict(zip(("height", "width"), image_shape(p))))
             for p in sorted((root / "covid_qu_ex_layout/confound_paediatric_normals").glob("*.png"))
-        ]
+        ],
+        unknown="image",
     )
     mixed = make_frame(pd.concat([normals.drop(columns="label").assign(label="adult or unknown"),
                                   children.assign(label="child")]), labels=["adult or unknown", "child"])
-    keep("shortcuts", 'shortcuts(films, glance(films), unknown="picture")', [
-        alone("Kermany (Kaggle) at original size: pneumonia", load_dataset(root / "kaggle_full_size/chest_xray")),
+    keep("shortcuts", "shortcuts(films, glance(films))", [
+        alone("Kermany (Kaggle) at original size: pneumonia", read(root / "kaggle_full_size/chest_xray")),
         alone("Kermany (Kaggle) shrunk to 224 x 224: pneumonia", kaggle),
         alone("of these, those with pneumonia: virus against bacteria", ill),
         alone("COVID-QU-Ex layout, all of one size: COVID-19 against normal", covid),
@@ -66,25 +70,24 @@ def shortcuts(root: Path) -> None:
 
 
 def bars(root: Path) -> None:
-    "What a classical machine reaches, for chapter 09."
-    sets = [("Kaggle (Kermany et al.), 64 x 64", hold_out(load_dataset(root / "kaggle/chest_xray"), 0.2,
-                                                          unknown="picture"), (64, 64)),
-            ("PneumoniaMNIST, 28 x 28", load_dataset(root / "pneumoniamnist_standin.npz"), (28, 28))]
+    "What a classical machine reaches, for the lessons on networks."
+    sets = [("Kaggle (Kermany et al.), 64 x 64", hold_out(read(root / "kaggle/chest_xray"), 0.2), (64, 64)),
+            ("PneumoniaMNIST, 28 x 28", read(root / "pneumoniamnist_standin.npz"), (28, 28))]
     rows = []
     for words, films, shape in sets:
         store = build_store(films, shape)
         for kind in ("svm", "logistic"):
-            reader = fit_classical(store, kind, unknown="picture")
-            figures = evaluate(reader.predict(store, "test"), reader.threshold, "picture").set_index("metric")
-            of = lambda metric: [round(float(v), 3) for v in figures.loc[metric, ["value", "low", "high"]]]
+            reader = fit_classical(store, kind)
+            found = evaluate(reader.predict(store, "test"), reader.threshold).set_index("metric")
+            found = found[["value", "low", "high"]].astype(float).round(3)
             rows.append(dict(films=words, taught=int((films["split"] != "test").sum()),
                              tested=int((films["split"] == "test").sum()), machine=f"PCA + {kind}",
-                             auc=of("AUC"), accuracy=of("accuracy")))
-    keep("bars", 'classical.bar(pipelines.build(films, shape), kind, unknown="picture")', rows)
+                             auc=found.loc["AUC"].tolist(), accuracy=found.loc["accuracy"].tolist()))
+    keep("bars", "fit_classical(build_store(films, shape), kind)", rows)
 
 
 def nih(root: Path) -> None:
-    "Fourteen findings on 800 films, plain against weighted loss, for chapter 15."
+    "Fourteen findings on 800 images, plain against weighted loss, for the lesson on class imbalance."
     import tempfile
 
     from cxr_course.evaluation.rare_findings import judge_findings
@@ -92,12 +95,12 @@ def nih(root: Path) -> None:
     from cxr_course.models.losses import undo_weighting, loss_for, initial_bias
     from cxr_course.training.fit import fit
     from cxr_course.training.recipe import basic_augmentation
-    films = load_dataset(root / "nih")
+    films = read(root / "nih")
     # the second list that came with it; 15 patients are in both
     held = films["split"] == "val"
     films = films[held | ~films["patient"].isin(set(films.loc[held, "patient"]))]
     films = hold_out(films.assign(split=films["split"].replace({"val": "test"})).reset_index(drop=True), .2)
-    store, names, rows = build_store(films, (64, 64)), classes(films), []
+    store, names, rows = build_store(films, (64, 64)), list(Task.of(films).names), []
     for kind, seed in ((k, s) for k in ("plain", "weighted") for s in range(3)):
         loss = loss_for(store, kind)
         model = initial_bias(build_cnn("separable", (64, 64, 1), len(names), seed=seed), store, loss)
@@ -109,7 +112,7 @@ def nih(root: Path) -> None:
         found = judge_findings(p)
         rare = found.index[found["value"].isna()]
         kept = [c for c in names if c not in rare]
-        said = lambda q: round(float(q[[f"p_{c}" for c in kept]].to_numpy().mean()), 3)
+        said = lambda q, kept=kept: round(float(q[[f"p_{c}" for c in kept]].to_numpy().mean()), 3)
         macro = auc_by_task(p.drop(columns=[*rare, *(f"p_{c}" for c in rare)])).loc["macro"]
         rows.append(dict(loss=kind, seed=seed, taught=int((films["split"] == "train").sum()), tested=len(p),
                          patients=p["patient"].nunique(), AUC=[round(float(v), 3)
@@ -123,16 +126,17 @@ def nih(root: Path) -> None:
 
 
 def shift(root: Path) -> None:
-    "COVID-19 against normal with children or adults as the normals, whole and covered, and the monitor's verdicts, for chapter 19."
+    "COVID-19 against normal, with children or adults as the normals, for the lesson on distribution shift."
     from cxr_course.shift.interventions import intervene
     from cxr_course.shift.monitor import monitor
     from cxr_course.shift.trials import intervention_effects, shortcut_trial
+    from cxr_course.training.reference import write_reference
     from cxr_course.training.run import load_run
     folder, shape, seeds, words = root / "covid_qu_ex_layout", (96, 96), (0, 1, 2), ["Normal", "COVID-19"]
-    adults = load_dataset(folder, classes=2, sizes=False)
+    adults = read(folder, classes=2, sizes=False)
     paths = [str(p) for p in sorted((folder / "confound_paediatric_normals").glob("*.png"))]
-    young = split_by_patient(make_frame([dict(path=p, label="Normal") for p in paths], words),
-                             {"train": 0.6, "val": 0.15, "test": 0.25}, unknown="picture")
+    young = split_by_patient(make_frame([dict(path=p, label="Normal") for p in paths], words,
+                                        unknown="image"), {"train": 0.6, "val": 0.15, "test": 0.25})
     ill, normal = (adults[adults["label"] == c] for c in ("COVID-19", "Normal"))
     joined = lambda *parts: make_frame(pd.concat(parts), words)
     test = lambda films: films[films["split"] == "test"]
@@ -143,25 +147,25 @@ def shift(root: Path) -> None:
              "children as normals, held out": joined(test(ill), test(young))}
     trials, monitors = [], []
     with TemporaryDirectory() as place:
-        for taught, films, read in (
+        for taught, films, judged_on in (
             ("adults", adults, ("adults", "children as normals, all")),
             ("children", with_young, ("children as normals, held out", "adults")),
         ):
-            for view in ("full picture", "cropped", "centre blacked out", "border only"):
-                seen = whole if view == "full picture" else intervene(whole, view)
-                t = shortcut_trial(view, seen.using(films), {r: seen.using(tests[r]) for r in read},
-                                   Path(place, taught), seeds, "separable", "picture", epochs=12, lr=3e-3,
+            for view in ("full image", "cropped", "centre blacked out", "border only"):
+                seen = whole if view == "full image" else intervene(whole, view)
+                t = shortcut_trial(view, seen.using(films), {r: seen.using(tests[r]) for r in judged_on},
+                                   Path(place, taught), seeds, "separable", epochs=12, lr=3e-3,
                                    schedule="cosine", patience=99)
                 trials += [dict(taught=taught, view=view, tested=r.place, films=len(tests[r.place]),
                                 auc=[round(v, 3) for v in (r.value, r.low, r.high)])
                            for r in intervention_effects(t).itertuples()]
-            run = load_run(Path(place, taught, "full-picture-0"))
-            shift.reference(run, whole.using(films))
+            run = load_run(Path(place, taught, "full-image-0"))
+            write_reference(run.folder, run.model, whole.using(films), run.card)
             for words_, new in (
                 ("adults of the test set", tests["adults"]),
                 ("normal adults of the test set", test(normal)),
                 ("children", test(young) if taught == "children" else young),
-                ("other pneumonia", load_dataset(folder, sizes=False).query("label == 'Non-COVID'")),
+                ("other pneumonia", read(folder, sizes=False).query("label == 'Non-COVID'")),
             ):
                 v = monitor(run, whole.using(new) if words_ != "other pneumonia" else build_store(new, shape))
                 monitors.append(dict(taught=taught, new=words_, films=len(new),
@@ -179,20 +183,19 @@ OPACITIES = ("Atelectasis", "Consolidation", "Edema", "Infiltration", "Pneumonia
 
 
 def simulated(recipe: str, shape: tuple[int, int]):
-    "A network that has seen phantom films only: its run, how ill it says a film is, and how ill a phantom film truly is."
+    "A network that has seen the phantom only: its run, how ill it calls an image, how ill one truly is."
     from dataclasses import replace
 
     import keras
 
     from cxr_course.models.cnn import CNN_SPECS, build_cnn, classifier_head, feature_extractor
     from cxr_course.training.augmentation import Augmentation
-    from cxr_course.training.backbones import (
-    build_backbone, pretrain_on_phantom, pretraining_images, was_killed,
-)
+    from cxr_course.training.backbones import build_backbone, pretrain_on_phantom, pretraining_images
     from cxr_course.training.fit import fit
     from cxr_course.training.recipe import STRONG_RECIPE
     from cxr_course.training.run import load_run
-    # the eyes that weights="phantom" lends
+    from cxr_course.training.run_folder import can_resume
+    # the backbone of weights="phantom"
     if recipe.startswith("fourteen"):
         done = load_run(pretrain_on_phantom(shape=shape, patients=2000, epochs=20).parent)
         return (
@@ -212,16 +215,16 @@ def simulated(recipe: str, shape: tuple[int, int]):
     done = (
         load_run(run)
         if (run / "card.json").exists()
-        else fit(model, store, run=run, epochs=20, augment=augment, resume=was_killed(run), **STRONG_RECIPE)
+        else fit(model, store, run=run, epochs=20, augment=augment, resume=can_resume(run), **STRONG_RECIPE)
     )
     return done, lambda p: p["p_PNEUMONIA"], lambda p: (p["label"] == "PNEUMONIA").astype(float)
 
 
 def phantom_only(root: Path) -> None:
-    "Networks taught by the phantom alone on real films, for chapter 14. The three recipes were fixed before; no real film took part in any choice."
+    "Networks taught by the phantom alone on real images, which took no part in any choice of the recipes."
     from cxr_course.models.cnn import probabilities
-    sets = [("Kaggle (Kermany et al.), test cut by patient", load_dataset(root / "kaggle/chest_xray"), (64, 64)),
-            ("PneumoniaMNIST stand-in, test", load_dataset(root / "pneumoniamnist_standin.npz"), (28, 28))]
+    sets = [("Kaggle (Kermany et al.), test cut by patient", read(root / "kaggle/chest_xray"), (64, 64)),
+            ("PneumoniaMNIST stand-in, test", read(root / "pneumoniamnist_standin.npz"), (28, 28))]
     three, rows = lambda e: [round(float(v), 3) for v in e[:3]], []
     for words, films, shape in sets:
         test = films[films["split"] == "test"].reset_index(drop=True)
@@ -238,22 +241,22 @@ def phantom_only(root: Path) -> None:
                                 columns=[f"p_{c}" for c in names])
             rows.append(dict(real_films=words, number=len(test), size=f"{shape[0]} x {shape[1]}",
                              taught=recipe,
-                             phantom_test=three(auc_ci(truth(own), score(own), patients(own))),
+                             phantom_test=three(auc_ci(truth(own), score(own), groups(own))),
                              real_test=three(auc_ci(test["label"] == "PNEUMONIA", score(real),
-                                                          patients(test, "picture")))))
+                                                          groups(test)))))
         # what is done is done
         keep("phantom_only", "python tests/measure_real.py path/to/real/data phantom_only", rows)
 
 
 def borrowed(root: Path) -> None:
-    "What the phantom's eyes save on real films, for chapter 14."
+    "What pretraining on the phantom saves on real images, for the lesson on transfer learning."
     from cxr_course.training.augmentation import Augmentation
     from cxr_course.training.learning_curve import learning_curve
     from cxr_course.training.recipe import STRONG_RECIPE
-    store = build_store(load_dataset(root / "kaggle/chest_xray"), (64, 64))
+    store = build_store(read(root / "kaggle/chest_xray"), (64, 64))
     recipe = STRONG_RECIPE | dict(augment=Augmentation())
     curve = learning_curve(store, (50, 200, 1000), [("compact", "none"), ("compact", "phantom")], range(3),
-                           cache_dir("borrowed-100-epochs"), steps=600, unknown="picture", **recipe)
+                           cache_dir("borrowed-100-epochs"), steps=600, **recipe)
     keep("borrowed", "python tests/measure_real.py path/to/real/data borrowed",
          curve.round(4).to_dict("records"))
 

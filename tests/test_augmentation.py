@@ -1,4 +1,4 @@
-"""Augmentation where a lesson would not show it: values outside the range, findings frames, a broken film among many."""
+"""Augmentation where a lesson would not show it: odd values, findings frames, a broken image among many."""
 import numpy as np
 import pandas as pd
 import pytest
@@ -25,7 +25,10 @@ def films(folder, n=4, findings=False):
                       if findings else None)
 
 
-@pytest.mark.parametrize("change", [dict(turn=30.), dict(zoom=1.4), dict(right=.2, down=-.1), dict(mirror=-1., turn=10.)])
+CHANGES = [dict(turn=30.), dict(zoom=1.4), dict(right=.2, down=-.1), dict(mirror=-1., turn=10.)]
+
+
+@pytest.mark.parametrize("change", CHANGES)
 def test_changes_undo_each_other(change):
     shape, none = (33, 47), dict(turn=0., right=0., down=0., zoom=1.)
     there = np.vstack(

@@ -623,7 +623,7 @@ def test_real_kaggle(real_data):
 def test_real_nih(real_data):
     start = time.perf_counter()
     full = load_dataset(real_data / "nih" / "labels" / "Data_Entry_2017_v2020.csv.gz")
-    check_dataset(full, pixels=False, against="nih")
+    r = check_dataset(full, pixels=False, against="nih")
     assert time.perf_counter() - start < 15
     assert (
         len(full) == 112120

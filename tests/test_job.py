@@ -1,4 +1,4 @@
-"""One door to training: the same run folder and the same guards from the terminal, from experiments and from Python."""
+"""One door to training: the same run folder and guards from the terminal, from experiments and Python."""
 import json
 import os
 import shutil
@@ -21,11 +21,12 @@ from cxr_course.frame import make_frame
 from cxr_course.phantom.files import write_dataset
 from cxr_course.phantom.world import population
 from cxr_course.training.experiments import Experiment, run_experiments
-from cxr_course.training.job import can_resume, train_job
+from cxr_course.training.job import train_job
 from cxr_course.training.judging import predict_elsewhere, report_run, report_text
 from cxr_course.training.preparing import arrange, choose_findings, prepare
 from cxr_course.training.reference import load_reference
 from cxr_course.training.run import load_run
+from cxr_course.training.run_folder import can_resume
 
 pytest.importorskip("keras")
 
@@ -309,10 +310,12 @@ def test_a_store_and_a_network_of_ones_own_have_the_same_guards(images, tmp_path
 
 KILLED = """
 import os, signal, sys
-from cxr_course import data, job, judging
+from cxr_course.data.loading import load
+from cxr_course.training import judging
+from cxr_course.training.job import train_job
 if sys.argv[3] == "report":
     judging.report_run = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
-job.train_job(data.load(sys.argv[1], unknown="image"), sys.argv[2], shape=(32, 32), epochs=int(sys.argv[4]))
+train_job(load(sys.argv[1], unknown="image"), sys.argv[2], shape=(32, 32), epochs=int(sys.argv[4]))
 """
 
 

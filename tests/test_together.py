@@ -1,4 +1,4 @@
-"""Several devices of one machine by Keras's own fit, several processes by the synchronous step: the same training as one."""
+"""Several devices by Keras's own fit, several processes by the synchronous step: the same training as one."""
 import json
 import os
 import socket
@@ -17,19 +17,23 @@ SCRIPT = """
     import tensorflow as tf
     way, folder = sys.argv[1], Path(sys.argv[2])
     cpus = tf.config.list_physical_devices("CPU")
-    tf.config.set_logical_device_configuration(cpus[0], [tf.config.LogicalDeviceConfiguration()] * (2 if way == "mirrored" else 1))
+    device = tf.config.LogicalDeviceConfiguration()
+    tf.config.set_logical_device_configuration(cpus[0], [device] * (2 if way == "mirrored" else 1))
     strategy = dict(one=lambda: None, mirrored=lambda: tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]),
                     workers=tf.distribute.MultiWorkerMirroredStrategy)[way]()
     import keras
     from test_training import world
-    from cxr_course import cnn, pipelines, training
     from cxr_course.core import CourseError
-    store = pipelines.build(world(folder / "png"), (24, 24), folder=folder / "store")
-    me = training._place(strategy)[0]
+    from cxr_course.data.building import build_store
+    from cxr_course.models.cnn import CNNSpec, build_cnn
+    from cxr_course.training.fit import fit
+    from cxr_course.training.synchronous import process_place
+    store = build_store(world(folder / "png"), (24, 24), folder=folder / "store")
+    me = process_place(strategy)[0]
     options = dict(epochs=3, batch=8, lr=1e-2, optimizer="adamw", seed=3, strategy=strategy)
     def go(name, outputs=2, **more):
-        net = cnn.build(cnn.Spec((4, 8), (8,), l2=.01), (24, 24, 1), outputs, seed=5)
-        return training.fit(net, store, run=folder / name, **options | more)
+        net = build_cnn(CNNSpec((4, 8), (8,), l2=.01), (24, 24, 1), outputs, seed=5)
+        return fit(net, store, run=folder / name, **options | more)
     if way == "workers":
         try: go("never", lr=.1 + me)
         except CourseError as e: (folder / f"refused-{{me}}").write_text(str(e))

@@ -1,11 +1,10 @@
-"""Training: a killed run continued is the same run, Ctrl-C keeps the best model, and nothing foreign is loaded."""
+"""Training: a killed run continued is the same run, Ctrl-C keeps the best model, nothing odd is loaded."""
 import json
 import os
 import signal
 import subprocess
 import sys
 import textwrap
-import time
 import zipfile
 
 import numpy as np
@@ -65,20 +64,23 @@ def run(store, tmp_path_factory):
 
 SCRIPT = """
     import os, signal, sys
-    signal.signal(signal.SIGINT, signal.default_int_handler)        # a background job ignores Ctrl-C, and so would its children
+    # a background job ignores Ctrl-C, and so would its children
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     from pathlib import Path
     sys.path.insert(0, {tests!r})
     import keras
     from test_training import SMALL, world
-    from cxr_course import cnn, pipelines, training
+    from cxr_course.data.building import build_store
+    from cxr_course.models.cnn import build_cnn
+    from cxr_course.training.fit import fit
     folder = Path({folder!r})
-    store = pipelines.build(world(folder / "png"), (24, 24), folder=folder / "store")
+    store = build_store(world(folder / "png"), (24, 24), folder=folder / "store")
     def each(row):
         if row["epoch"] == {at}: os.kill(os.getpid(), signal.{signal})
     augment = keras.Sequential([keras.layers.RandomTranslation(.1, .1, fill_mode="nearest")])
     resume = "resume" in sys.argv
-    print(training.fit(cnn.build(SMALL, (24, 24, 1)), store, run=folder / sys.argv[1], epochs=4, batch=8, lr=1e-2, augment=augment, deterministic=True, resume=resume,
-                       each=each if "hurt" in sys.argv else None))
+    print(fit(build_cnn(SMALL, (24, 24, 1)), store, run=folder / sys.argv[1], epochs=4, batch=8, lr=1e-2,
+              augment=augment, deterministic=True, resume=resume, each=each if "hurt" in sys.argv else None))
 """
 
 

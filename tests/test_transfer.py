@@ -1,4 +1,4 @@
-"""Borrowed networks: the right pixels, the right weights or a reason, and nothing that changes while it is frozen."""
+"""Pretrained networks: the right pixels, the right weights or a reason, and nothing changes while frozen."""
 import numpy as np
 import pytest
 
@@ -41,7 +41,7 @@ def store(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def borrowed(tmp_path_factory):
+def pretrained(tmp_path_factory):
     "A compact network that stands for one trained elsewhere."
     folder = tmp_path_factory.mktemp("weights")
     model = build_backbone("compact", (32, 32, 1), outputs=3, seed=7)
@@ -84,7 +84,7 @@ def test_pixels_as_the_family_wants_them(name):
 
 
 def test_efficientnet_divides_by_deviations():
-    "Its ImageNet file keeps deviations where variances belong; Keras mends that with a layer of its own, which a network built without weights has not."
+    "Its file keeps deviations where variances belong; Keras mends that with a layer that we do not have."
     look = feature_extractor(build_backbone("efficientnetb0", (32, 32, 1)))
     layer = next(layer for layer in look.layers if isinstance(layer, keras.layers.Normalization))
     mean, std = np.array([.485, .456, .406]), np.array([.229, .224, .225])
@@ -124,14 +124,14 @@ def test_every_kind_of_file(tmp_path):
         assert np.allclose(feature_extractor(other)(x), look(x), atol=1e-6), file
 
 
-def test_wrong_files_are_refused_with_the_reason(tmp_path, borrowed):
+def test_wrong_files_are_refused_with_the_reason(tmp_path, pretrained):
     other = build_backbone("mobilenetv2", (32, 32, 1))
     other.save_weights(tmp_path / "good.weights.h5")
     feature_extractor(other).save(tmp_path / "other.h5")
     (tmp_path / "page.h5").write_text("\n <!DOCTYPE html><title>Sign in</title>")
     (tmp_path / "pointer.h5").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0")
     (tmp_path / "half.weights.h5").write_bytes((tmp_path / "good.weights.h5").read_bytes()[:200_000])
-    (tmp_path / "half.keras").write_bytes(borrowed[1].read_bytes()[:20_000])
+    (tmp_path / "half.keras").write_bytes(pretrained[1].read_bytes()[:20_000])
     (tmp_path / "empty.h5").touch()
     (tmp_path / "text.h5").write_text("no weights here")
     keras.Sequential([keras.Input((32, 32, 1)),
@@ -147,7 +147,7 @@ def test_wrong_files_are_refused_with_the_reason(tmp_path, borrowed):
         with pytest.raises(CourseError, match=reason):
             build_backbone("compact", (32, 32, 1), weights=tmp_path / name, fallback="none")
     with pytest.raises(CourseError, match="another architecture: layer 1"):
-        build_backbone("vgg16", (32, 32, 1), weights=borrowed[1])
+        build_backbone("vgg16", (32, 32, 1), weights=pretrained[1])
 
 
 def test_without_a_network_only_on_request(monkeypatch, tmp_path, capsys):
@@ -172,8 +172,8 @@ def test_without_a_network_only_on_request(monkeypatch, tmp_path, capsys):
         build_backbone("vgg16", (32, 32, 1), weights="imagenet", fallback="none")
 
 
-def test_frozen_means_frozen(borrowed):
-    model = freeze(build_backbone("compact", (32, 32, 1), weights=borrowed[1]))
+def test_frozen_means_frozen(pretrained):
+    model = freeze(build_backbone("compact", (32, 32, 1), weights=pretrained[1]))
     before = [w.numpy() for w in feature_extractor(model).weights]
     for i in range(3): model(films(8) + i, training=True)
     assert all(np.array_equal(a, w) for a, w in zip(before, feature_extractor(model).weights))
@@ -185,9 +185,9 @@ def test_frozen_means_frozen(borrowed):
     assert len(feature_extractor(unfreeze(model, last=1)).trainable_variables) == 2
 
 
-def test_maps_are_kept_by_content_and_survive_a_kill(store, borrowed, tmp_path, monkeypatch):
+def test_maps_are_kept_by_content_and_survive_a_kill(store, pretrained, tmp_path, monkeypatch):
     monkeypatch.setenv("CXR_COURSE_CACHE", str(tmp_path))
-    model = build_backbone("compact", (32, 32, 1), weights=borrowed[1])
+    model = build_backbone("compact", (32, 32, 1), weights=pretrained[1])
     maps = extract_features(model, store, shard=16)
     files = sorted((tmp_path / "maps").glob("*/*.npy"))
     assert len(files) == 3 and maps.shape == (40, 128)
@@ -201,11 +201,11 @@ def test_maps_are_kept_by_content_and_survive_a_kill(store, borrowed, tmp_path, 
     assert not np.array_equal(extract_features(other, store), maps)
 
 
-def test_two_stages_and_resuming(store, borrowed, tmp_path):
-    options = dict(weights=borrowed[1], epochs=2, batch=8, seed=2, deterministic=True)
+def test_two_stages_and_resuming(store, pretrained, tmp_path):
+    options = dict(weights=pretrained[1], epochs=2, batch=8, seed=2, deterministic=True)
     whole = train_backbone("compact", store, tmp_path / "whole", **options)
     assert [s["stage"] for s in whole.card["about"]["stages"]] == ["head on frozen maps", "fine-tuning"]
-    assert whole.card["model"]["spec"]["sha256"] == sha256(borrowed[1]) and set(
+    assert whole.card["model"]["spec"]["sha256"] == sha256(pretrained[1]) and set(
         whole.card["training"]["rates"]
     ) == {"0.1", "1"}
     def plug(row):

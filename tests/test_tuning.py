@@ -1,4 +1,4 @@
-"""Search: system E's space with its winner inside, keras-tuner's own tuners, a budget that holds, failures, and kills."""
+"""Search: system E's space with its winner inside, keras-tuner's tuners, a budget, failures, and kills."""
 import json
 import subprocess
 import sys
@@ -8,9 +8,6 @@ import time
 import numpy as np
 import pandas as pd
 import pytest
-
-keras = pytest.importorskip("keras")
-kt = pytest.importorskip("keras_tuner")
 from PIL import Image
 
 from cxr_course.core import CourseError, rng
@@ -22,6 +19,9 @@ from cxr_course.training.search_space import SYSTEM_E, Space, declare, hypermode
 from cxr_course.training.trials import best_trial, caution, retrain, trial_predictions, trials
 from cxr_course.training.tuning import METHODS, _stores, search
 from cxr_course.training.tuning_plots import hyperparameters, hyperparameter_importance, plot_importance, plot_parallel
+
+keras = pytest.importorskip("keras")
+kt = pytest.importorskip("keras_tuner")
 
 TINY = Space(filters=((2, 4), (2, 4)), kernels=(3,), dense=(4, 8), step=2, dropout=(0., .2))
 

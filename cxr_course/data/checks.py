@@ -173,7 +173,7 @@ def _small(path) -> np.ndarray:
 
 # %% ../../nbs/library/data/checks.ipynb #57181cf8
 class DatasetCheck:
-    "What `check_dataset` found: `.table`, `.bad` (files), `.pairs` (duplicates), `.figure()`, `.readable` (a frame)."
+    "What `check_dataset` found: `.table`, `.bad` (files), `.pairs` (images that are one), `.figure()`, `.readable` (the frame without bad files)."
     def __init__(self,
         frame: pd.DataFrame, # the frame that was checked
         problems: list[dict], # problem, count, first

@@ -67,7 +67,7 @@ def rescale_layer(
     x, # (n, h, w, 1) images in [0, 1], as a Keras tensor or an array
     scaling: str, # a key of `SCALINGS`
 ): # (n, h, w, 3)
-    "A grey image as a family of networks wants its colour images, by ordinary layers without a single weight."
+    "A grey image as a family of networks wants its colour images, by layers without a weight."
     factor, offset = SCALINGS[scaling]
     three = keras.layers.Concatenate(name="three_channels")([x, x, x])
     return keras.layers.Rescaling(factor, offset=offset, name="rescale")(three)

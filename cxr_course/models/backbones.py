@@ -55,11 +55,11 @@ def headless_backbone(backbone: str, shape: tuple, seed: int):
     if min(shape[:2]) < 32:
         raise CourseError(f"images of {shape[0]} x {shape[1]} are too small for {backbone}", None,
                           "its maps shrink 32 times: use 32 x 32 at least, better 128 and more")
-    film = keras.Input(shape)
+    image = keras.Input(shape)
     part = getattr(keras.applications, b.application)(include_top=False, weights=None,
-                                                      input_tensor=rescale_layer(film, b.scaling))
+                                                      input_tensor=rescale_layer(image, b.scaling))
     _draw(part, seed)
-    return keras.Model(film, part.output, name="features")
+    return keras.Model(image, part.output, name="features")
 
 # %% ../../nbs/library/models/backbones.ipynb #c0333274
 def head_layers(

@@ -67,7 +67,7 @@ def _fetch(backbone: str, name: str, url: str, md5: str) -> Path:
         (cache_dir("weights") / name).unlink(missing_ok=True)
         raise CourseError("the file that came has another fingerprint, and was thrown away", url,
                           "try again; a proxy may have answered in its place") from e
-    except Exception as e:                                     # Keras raises a plain Exception when an address does not answer
+    except Exception as e: # Keras raises a plain Exception when an address does not answer
         raise WeightsUnavailable(f"the ImageNet weights of {backbone} cannot be fetched ({e})", url,
                                  "fetch the file elsewhere and put it into "
                                  f"{cache_dir('weights')}, or pass weights='phantom'") from e
@@ -106,7 +106,7 @@ def _named(file: Path, name: str) -> Iterator[Path]:
         link = Path(folder, name)
         try:
             link.symlink_to(file.resolve())
-        except OSError:                                                        # Windows, without the right to make links
+        except OSError: # Windows, without the right to make links
             shutil.copy(file, link)
         yield link
 
@@ -158,7 +158,7 @@ def _load_hdf5(look, file: Path) -> None:
         _take(look, model, file)
 
 def _settle(look) -> None:
-    "EfficientNet's ImageNet file keeps standard deviations where Keras expects variances, and Keras adds a layer to mend it; we mend the numbers."
+    "EfficientNet's file has standard deviations where Keras expects variances: mend the numbers."
     for layer in look.layers:
         if isinstance(layer, keras.layers.Normalization):
             kept = layer.adapt_variance.numpy().ravel()

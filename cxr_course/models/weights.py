@@ -23,7 +23,7 @@ _HDF5, _ZIP = b"\x89HDF\r\n\x1a\n", b"PK\x03\x04"
 def check_weight_file(
     path: str | Path, # .keras, .weights.h5 or .h5
 ) -> Path: # the same
-    "Say in words what is wrong with a file of weights: absent, empty, a web page, a pointer, another format, cut off."
+    "Say what is wrong with a file of weights: absent, empty, a web page, a pointer, another format, cut off."
     path = Path(path)
     if not path.is_file():
         raise CourseError("there is no such file of weights", path, "check the name")
@@ -56,15 +56,15 @@ def _refuse_cut_off(path: Path, zipped: bool) -> None:
         raise CourseError(f"the file is damaged or cut off ({e})", path,
                           "download or copy it again, and compare its size and SHA-256") from e
 
-# %% ../../nbs/library/models/weights.ipynb #394b3978
-def load_any_model(
-    path: str | Path, # .keras, or an .h5 that holds architecture and weights
-): # a Keras model, not compiled
-    "Open a model file of either format, but never one that brings code of its own."
-    path = check_weight_file(path)
+# %% ../../nbs/library/models/weights.ipynb #0pen0mod
+_UNREADABLE = (ValueError, TypeError, KeyError, AttributeError, IndexError, OSError, ImportError,
+               RuntimeError, zipfile.BadZipFile)
+
+def _open_model(path: Path):
+    "A model in Keras's safe mode, or a word about what is wrong with the file."
     try:
         return keras.saving.load_model(path, compile=False, safe_mode=True)
-    except (ValueError, TypeError, KeyError, AttributeError, IndexError, OSError, ImportError, RuntimeError, zipfile.BadZipFile) as e:
+    except _UNREADABLE as e:
         if "lambda" in str(e).lower():
             raise CourseError("the model carries Python code (a Lambda "
                               "layer), which would run on opening it", path,
@@ -75,6 +75,13 @@ def load_any_model(
         raise CourseError("the model file is damaged or needs layers "
                           f"that are not installed ({type(e).__name__})", path,
                           "copy it again, and compare its SHA-256") from e
+
+# %% ../../nbs/library/models/weights.ipynb #394b3978
+def load_any_model(
+    path: str | Path, # .keras, or an .h5 that holds architecture and weights
+): # a Keras model, not compiled
+    "Open a model file of either format, but never one that brings code of its own."
+    return _open_model(check_weight_file(path))
 
 # %% ../../nbs/library/models/weights.ipynb #8d5b8e9f
 def load_weights_into(
@@ -169,13 +176,4 @@ def load_model(
     if path.suffix != ".keras":
         raise CourseError(f"a model file ends in .keras, not in {path.suffix or 'nothing'}", path,
                           "save it again with model.save('name.keras'); older formats may carry code")
-    try:
-        return keras.saving.load_model(path, compile=False, safe_mode=True)
-    except (ValueError, TypeError, KeyError, AttributeError, IndexError, OSError, ImportError, RuntimeError, zipfile.BadZipFile) as e:
-        if "lambda" in str(e).lower():
-            raise CourseError("the model carries Python code (a Lambda "
-                              "layer), which would run on opening it", path,
-                              "do not open models from strangers; ask for one made of ordinary layers") from e
-        raise CourseError("the model file is damaged or needs layers "
-                          f"that are not installed ({type(e).__name__})", path,
-                          "copy it again, and compare its SHA-256") from e
+    return _open_model(path)

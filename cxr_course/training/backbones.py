@@ -23,9 +23,10 @@ from .augmentation import Augmentation
 from .fit import fit
 from .recipe import STRONG_RECIPE
 from .run import RUN_FORMAT
+from .run_folder import can_resume
 
 # %% auto #0
-__all__ = ['find_weights', 'build_backbone', 'was_killed', 'pretraining_images', 'pretrain_on_phantom']
+__all__ = ['find_weights', 'build_backbone', 'pretraining_images', 'pretrain_on_phantom']
 
 # %% ../../nbs/library/training/backbones.ipynb #74c57d28
 def find_weights(
@@ -62,7 +63,7 @@ def build_backbone(
     seed: int = 0, # of everything that is drawn
     dropout: float | None = None, # in the head; default .2 before a 'flatten' head's last layer, else none
     fallback: str | None = None, # 'phantom' or 'none': what to do if the weights cannot be had; None: raise
-): # a Keras model from films to logits, made of `features` and `head`
+): # a Keras model from images to logits, made of `features` and `head`
     "A backbone with its own pixel scaling inside, pretrained if asked, and a new head."
     b = backbone_facts(backbone)
     head = head or b.head
@@ -76,14 +77,6 @@ def build_backbone(
     model.spec = BackboneSpec(backbone, b.scaling, head, dropout, kind, file and file.name, file
                               and sha256(file), note)
     return model
-
-# %% ../../nbs/library/training/backbones.ipynb #20b7eddf
-def was_killed(
-    run: str | Path, # a run folder
-) -> bool:
-    "Whether a training of that name was killed and can be resumed."
-    run = Path(run)
-    return (run.with_name(f".{run.name}.partial") / "state.npz").exists()
 
 # %% ../../nbs/library/training/backbones.ipynb #2f6dd212
 def pretraining_images(
@@ -119,10 +112,10 @@ def pretrain_on_phantom(
         return run / "model.keras"
     if not teach:
         raise WeightsUnavailable(f"the phantom has not taught {backbone} yet", None,
-                                 f"call transfer.pretrain({backbone!r}), which "
+                                 f"call pretrain_on_phantom({backbone!r}), which "
                                  "may take hours, or take the backbone 'compact'")
     store = pretraining_images(patients, shape)
     model = build_backbone(backbone, (*shape, 1), Task.of(store.frame).outputs, head="mean", seed=seed)
     fit(model, store, run=run, epochs=epochs, seed=seed, name=backbone, augment=Augmentation(seed=seed),
-                 resume=was_killed(run), **STRONG_RECIPE)
+                 resume=can_resume(run), **STRONG_RECIPE)
     return run / "model.keras"

@@ -15,8 +15,9 @@ import pandas as pd
 
 from ..core import CourseError, atomic, rng
 from ..frame import groups
-from .job import can_resume, train_job
+from .job import train_job
 from .preparing import arrange, open_store
+from .run_folder import can_resume
 
 # %% auto #0
 __all__ = ['Experiment', 'changed', 'system_a', 'subsample_training', 'run_experiments']

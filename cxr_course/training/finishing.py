@@ -140,7 +140,7 @@ def _course(history: pd.DataFrame, plan: dict) -> dict:
 
 # %% ../../nbs/library/training/finishing.ipynb #45ed7d4c
 def _threshold(validation: pd.DataFrame):
-    "Chosen on validation by Youden's rule; None for more than two classes, and for findings that validation does not show both ways."
+    "By Youden's rule on validation; None for several classes, and for findings it does not show both ways."
     task = Task.of(validation)
     if not task.findings:
         return choose_threshold(validation) if len(task.names) == 2 else None

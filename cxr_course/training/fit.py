@@ -5,106 +5,35 @@
 # %% ../../nbs/lessons/08_training.ipynb #0b33eb69
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
 import keras
-import numpy as np
 import pandas as pd
 import tensorflow as tf
 
 from ..core import CourseError, atomic
 from ..data.pipeline import Normalizer, to_dataset
-from ..data.splits import refuse_leakage
 from ..frame import Task
-from ..models.cnn import classifier_head, feature_extractor
+from ..models.cnn import feature_extractor
 from ..models.inspect import describe
 from ..models.losses import cross_entropy
 from .finishing import finish_run
 from .learner import Learner, bar_is_seen, learner, run_epochs, val_losses
+from .plan import Given, first_rate, make_plan, refuse_images, refuse_settings
 from .run import TrainingRun
 from .run_folder import load_state, save_state, workplace
-from .schedules import KEEP, SCHEDULES, kept_epoch
-from .scores import refuse_misfit, split_rows, validation
+from .schedules import kept_epoch
+from .scores import validation
 from cxr_course.training.synchronous import (
     SynchronousLearner, from_first_process, process_place, refuse_disagreement, sum_over_processes,
 )
 
 # %% auto #0
 __all__ = ['normalised', 'fit']
-
-# %% ../../nbs/lessons/08_training.ipynb #ad2c7856
-def _check(model, train, val) -> None:
-    "Raise if these images cannot teach and choose this model."
-    for store in (train, val):
-        refuse_misfit(model, store)
-    for part in (feature_extractor, classifier_head):
-        part(model)
-    task, asked, outputs = Task.of(train.frame), Task.of(val.frame), model.output_shape[-1]
-    if asked != task:
-        raise CourseError(f"training asks for {', '.join(task.names)}, "
-                          f"validation for {', '.join(asked.names)}", None,
-                          "load both with the same classes or findings")
-    if outputs not in (task.outputs, len(task.names)):
-        raise CourseError(f"the model has {outputs} output{'s' * (outputs > 1)} "
-                          f"for {len(task.names)} {task.kind}", ", ".join(task.names),
-                          "build it with outputs=Task.of(frame).outputs")
-    parts = {"train": train.frame.iloc[split_rows(train, "train")],
-             "val": val.frame.iloc[split_rows(val, "val")]}
-    if len(test := val.frame[val.frame["split"] == "test"]):
-        parts["test"] = test
-    refuse_leakage(**parts)
-    if not task.findings:
-        for name, f in parts.items():
-            _refuse_labels(f, name, len(task.names))
-
-def _refuse_labels(frame: pd.DataFrame, split: str, classes: int) -> None:
-    "Raise if a label is missing, or a class is not shown where it must be."
-    if missing := int(frame["label"].isna().sum()):
-        raise CourseError(f"{missing} images have no label", f"split {split}", "leave them out of the frame")
-    if split != "test" and frame["label"].nunique() < (2 if split == "val" else classes):
-        raise CourseError(f"the images of split {split!r} do not show every class",
-                          ", ".join(f"{k} {v}" for k, v in frame["label"].value_counts().items()),
-                          "split again with a larger share, or bring more patients")
-
-# %% ../../nbs/lessons/08_training.ipynb #86c124fc
-def _refuse_settings(model, plan: dict, optimizer, loss, rates: list[float] | None, strategy) -> None:
-    "Raise on settings that `fit` cannot keep."
-    for key, known in (
-        ("schedule", SCHEDULES),
-        ("keep", KEEP),
-        ("precision", ("float32", "mixed_bfloat16", "mixed_float16")),
-    ):
-        if plan[key] not in known:
-            raise CourseError(f"{key}={plan[key]!r} is not a choice", None,
-                              f"use one of {', '.join(map(repr, known))}")
-    if loss is not None and plan["smoothing"]:
-        raise CourseError("smoothing belongs to the usual loss, and another one was given", None,
-                          "leave smoothing at 0")
-    if loss is not None and not callable(loss):
-        raise CourseError(f"loss={loss!r} is not a loss from logits", None,
-                          "give a Keras loss object with from_logits=True, or a function of (y, logits)")
-    if getattr(loss, "from_logits", True) is False:
-        raise CourseError(f"the loss {loss.name} expects probabilities, "
-                          "and the models of this library give logits", None, "make it with from_logits=True")
-    if rates is not None and (len(rates) != len(model.trainable_variables) or min(rates) < 0):
-        raise CourseError(f"{len(rates)} rates for {len(model.trainable_variables)} weights", None,
-                          "give one for each of model.trainable_variables, 0 or more")
-    if plan["accumulate"] < 1:
-        raise CourseError(f"accumulate={plan['accumulate']} batches cannot make a step", None,
-                          "give 1 or more")
-    if _scheduled(optimizer):
-        raise CourseError("the optimizer brings a schedule of its own, and fit decides from the history",
-                          None, "give it a number, and choose `schedule`")
-    if strategy is not None and process_place(strategy)[1] == 1 and plan["precision"] != "float32":
-        raise CourseError("half the digits on several devices of one machine has not been tried", None,
-                          "use precision='float32' there")
 
 # %% ../../nbs/lessons/08_training.ipynb #22af4371
 def normalised(
@@ -166,78 +95,25 @@ def fit(
     deterministic: bool = False, # ask TensorFlow for operations that never vary; somewhat slower
     name: str | None = None, # what to call the model on the card; default: its own name
     about: dict | None = None, # what else the card shall tell
-) -> TrainingRun | None: # the finished run; `model` itself is left with the kept weights. Of several processes only the first has a run
+) -> TrainingRun | None: # the finished run, in the first of several processes; `model` has the kept weights
     "Train a network and leave a run folder."
     run, val = Path(run), val if val is not None else train
     if normaliser is not None:
         model = normalised(model, normaliser, train)
-    settings = dict(epochs=epochs, batch=batch, lr=_first_rate(lr, optimizer), seed=seed, patience=patience,
+    settings = dict(epochs=epochs, batch=batch, lr=first_rate(lr, optimizer), seed=seed, patience=patience,
                     min_delta=min_delta, schedule=schedule, keep=keep, smoothing=smoothing,
                     accumulate=accumulate, precision=precision, deterministic=deterministic,
                     predict_train=predict_train, about=about)
-    _refuse_settings(model, settings, optimizer, loss, rates, strategy)
-    _check(model, train, val)
-    given = _Given(optimizer, loss, augment, normaliser, rates, strategy, list(callbacks), each)
-    plan = _plan(model, train, val, name, given) | settings
+    refuse_settings(model, settings, optimizer, loss, rates, strategy)
+    refuse_images(model, train, val)
+    given = Given(optimizer, loss, augment, normaliser, rates, strategy, list(callbacks), each)
+    plan = make_plan(model, train, val, name, given) | settings
     with workplace(run, plan, resume) if process_place(strategy)[0] == 0 else nullcontext() as part:
         interrupted = _train(model, train, val, part, plan, given)
         return finish_run(model, train, val, part, run, plan, interrupted, finish) if part else None
 
-# %% ../../nbs/lessons/08_training.ipynb #20af64b4
-@dataclass
-class _Given:
-    "What a caller of `fit` gives that a plan cannot hold."
-    optimizer: object
-    loss: Callable | None
-    augment: Callable | None
-    normaliser: object
-    rates: list[float] | None
-    strategy: object
-    callbacks: list
-    each: Callable | None
-
-def _scheduled(optimizer) -> bool:
-    inner = getattr(optimizer, "inner_optimizer", optimizer)
-    return isinstance(getattr(inner, "_learning_rate", None), keras.optimizers.schedules.LearningRateSchedule)
-
-def _first_rate(lr: float | None, optimizer) -> float:
-    "The learning rate at the start: what was said, or what the optimizer brings."
-    if lr is not None or _scheduled(optimizer):
-        return lr
-    if isinstance(optimizer, keras.optimizers.Optimizer):
-        return float(getattr(optimizer, "inner_optimizer", optimizer).learning_rate.numpy())
-    return 1e-3
-
-def _describe(part) -> str | None:
-    "In words that a card can hold: a layer, a loss or an optimizer with its settings, of a plain function the name."
-    if part is None or isinstance(part, str):
-        return part
-    if isinstance(part, (keras.Layer, keras.losses.Loss, keras.optimizers.Optimizer)):
-        return json.dumps(keras.saving.serialize_keras_object(part), sort_keys=True, default=str)
-    return getattr(part, "__name__", "custom")
-
-def _hash(*stores) -> str:
-    "A fingerprint of pixels, patients, splits and truth; where the files lie does not matter."
-    mark = hashlib.sha256()
-    for store in stores:
-        for i in range(0, len(store.frame), 256):
-            mark.update(np.ascontiguousarray(store.take(np.arange(i, min(i + 256, len(store.frame))))))
-        mark.update(store.frame[["patient", "split",
-                                 *Task.of(store.frame).columns]].to_csv(index=False).encode())
-    return mark.hexdigest()
-
-def _plan(model, train, val, name: str | None, given: _Given) -> dict:
-    "What is trained on what; a killed run is continued only by the same plan."
-    spec, stores = getattr(model, "spec", None) or describe(model), {id(s): s for s in (train, val)}.values()
-    normaliser = given.normaliser and {k: getattr(given.normaliser, k) for k in ("kind", "mean", "std")}
-    return dict(model=name or model.name, spec=asdict(spec) if spec else None,
-                parameters=model.count_params(), data=_hash(*stores), optimizer=_describe(given.optimizer)
-                or getattr(spec, "optimizer", "adam"), augment=_describe(given.augment),
-                loss=_describe(given.loss) or "cross_entropy", normaliser=normaliser, rates=given.rates
-                and list(map(float, given.rates)))
-
 # %% ../../nbs/lessons/08_training.ipynb #700d56dd
-def _learner(model, task: Task, plan: dict, given: _Given) -> Learner:
+def _learner(model, task: Task, plan: dict, given: Given) -> Learner:
     "The model in training, on one device or on many."
     options = dict(optimizer=given.optimizer or plan["optimizer"], lr=plan["lr"], augment=given.augment,
                    rates=given.rates, loss=given.loss or partial(cross_entropy, smoothing=plan["smoothing"]),
@@ -251,7 +127,7 @@ def _learner(model, task: Task, plan: dict, given: _Given) -> Learner:
         twin.set_weights(model.get_weights())
         return learner(twin, task, **options)
 
-def _train(model, train, val, part: Path | None, plan: dict, given: _Given) -> bool:
+def _train(model, train, val, part: Path | None, plan: dict, given: Given) -> bool:
     "Epoch after epoch; True if the reader pressed Ctrl-C."
     if plan["deterministic"]:
         tf.config.experimental.enable_op_determinism()
@@ -278,7 +154,7 @@ def _train(model, train, val, part: Path | None, plan: dict, given: _Given) -> b
     return False
 
 def _repeatable(stream: Callable):
-    "A stream that begins anew with every look at it: Keras looks more than once when it shares batches among devices."
+    "A stream that begins anew with every look: Keras looks more than once when it shares batches."
     shape = stream()
     data = tf.data.Dataset.from_generator(stream, output_signature=shape.element_spec)
     return data.apply(tf.data.experimental.assert_cardinality(shape.cardinality()))
@@ -295,7 +171,7 @@ def _same_start(strategy, plan: dict, variables: list, history: list[dict]) -> l
 def _recorder(
     model, part: Path | None, plan: dict, variables: list, each: Callable | None
 ) -> Iterator[Callable]:
-    "Writes an epoch down: history, TensorBoard, the model if it is the one to keep, and last of all the state."
+    "Writes an epoch down: history, TensorBoard, the model if it is to be kept, and last the state."
     if part is None:
         yield lambda history: None
         return

@@ -19,9 +19,10 @@ from ..core import CourseError
 from ..data.store import ImageStore
 from ..frame import Task
 from .preparing import prepare
+from .run_folder import can_resume, partial_folder
 
 # %% auto #0
-__all__ = ['start_tensorflow', 'silently', 'can_resume', 'train_job']
+__all__ = ['start_tensorflow', 'silently', 'train_job']
 
 # %% ../../nbs/library/training/job.ipynb #bd99e4d6
 def start_tensorflow() -> None:
@@ -76,26 +77,16 @@ def _refuse_weights_alone(backbone: str | None, weights, fallback: str | None) -
                                  f"{names}; `fallback` says what to take instead",
                                  f"{names}; --fallback says what to take instead")
 
-# %% ../../nbs/library/training/job.ipynb #511de22d
-def can_resume(
-    out: str | Path, # a run folder
-) -> bool:
-    "Whether a training of that name was killed and can go on where it was."
-    return (_hidden(Path(out)) / "state.npz").exists()
-
 # %% ../../nbs/library/training/job.ipynb #f7d64380
-def _hidden(out: Path) -> Path:
-    return out.with_name(f".{out.name}.partial")
-
 def _refuse_out(out: Path, resume: bool) -> None:
     if out.exists():
         raise CourseError("the run is there already and is never overwritten", out,
                           "name another one, or remove it yourself")
-    if resume and not _hidden(out).exists():
+    if resume and not partial_folder(out).exists():
         raise CourseError("there is nothing to resume", out, "start it without `resume`",
                                  "start it without --resume")
     if not resume and can_resume(out):
-        raise CourseError("a killed run lies here unfinished", _hidden(out),
+        raise CourseError("a killed run lies here unfinished", partial_folder(out),
                                  "continue it with resume=True, or remove it",
                                  "add --resume to continue it, or remove it")
 
@@ -104,8 +95,8 @@ def _network(model, shape: tuple[int, int], outputs: int, seed: int):
     "A Keras model from a name, a description, a function, or itself."
     import keras
 
-    from cxr_course.models.cnn import CNN_SPECS
-    from cxr_course.models.mlp import MLPSpec, MLP_SPECS
+    from cxr_course.models.cnn import CNN_SPECS, build_cnn
+    from cxr_course.models.mlp import MLP_SPECS, MLPSpec, build_mlp
     if isinstance(model, keras.Model):
         return model
     if callable(model):
@@ -113,7 +104,7 @@ def _network(model, shape: tuple[int, int], outputs: int, seed: int):
     if isinstance(model, str) and model not in (known := {**MLP_SPECS, **CNN_SPECS}):
         raise CourseError(f"there is no model named {model!r}", None, f"choose one of {', '.join(known)}")
     dense = isinstance(model, MLPSpec) or isinstance(model, str) and model in MLP_SPECS
-    return (mlp if dense else cnn).build(model, (*shape, 1), outputs, seed)
+    return (build_mlp if dense else build_cnn)(model, (*shape, 1), outputs, seed)
 
 def _try_network(model, backbone: str | None, shape: tuple[int, int], seed: int, frame: pd.DataFrame) -> None:
     "Refuse a network that nobody knows, or that the images are too small for, before one is decoded."
@@ -124,12 +115,12 @@ def _try_network(model, backbone: str | None, shape: tuple[int, int], seed: int,
     elif not callable(model):
         _network(model, shape, Task.of(frame).outputs, seed)
 
-def _learner(model, backbone: str | None, store, seed: int, borrowed: dict, options: dict) -> Callable:
+def _learner(model, backbone: str | None, store, seed: int, pretrained: dict, options: dict) -> Callable:
     "What trains into a run folder: a backbone in its two stages, or a network as it is."
     if backbone:
-        from cxr_course.training.fit import fit
         from cxr_course.training.transfer import train_backbone
-        return partial(train_backbone, backbone, store, **borrowed, **options)
+        return partial(train_backbone, backbone, store, **pretrained, **options)
+    from cxr_course.training.fit import fit
     network = _network(model, store.shape, Task.of(store.frame).outputs, seed)
     return partial(fit, network, store, **options)
 

@@ -45,12 +45,12 @@ def _model_facts(card: dict) -> dict[str, str]:
     model, (h, w) = card["model"], card["preprocessing"]["shape"]
     spec = model["spec"] or {}
     weights, mark = spec.get("weights", "none"), spec.get("sha256")
-    borrowed = "random" if weights == "none" else f"weights of the backbone: {weights}, SHA-256 {mark}"
+    initial = "random" if weights == "none" else f"weights of the backbone: {weights}, SHA-256 {mark}"
     return dict(
         architecture=f"{model['name']}, {model['parameters']:,} parameters, images of {h} x {w}",
         preprocessing=f"{card['preprocessing']['fit']}; values {card['preprocessing']['values']}",
         output=f"a probability; threshold by {card['threshold_rule']}",
-        initialisation=borrowed,
+        initialisation=initial,
         specification="the whole model lies beside this report as model.keras and card.json",
     )
 

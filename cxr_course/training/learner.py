@@ -77,7 +77,7 @@ def _layerwise(kind: type, rates: list[float], decay: float | None) -> type:
     return Layerwise
 
 def _optimizer(chosen, lr: float | None, rates: list[float] | None, accumulate: int, precision: str):
-    "A fresh optimizer: of the kind that was chosen, with layer-wise rates, accumulation and loss scaling where asked for."
+    "A fresh optimizer of the chosen kind, with layer-wise rates, accumulation and loss scaling."
     plain = keras.optimizers.get(chosen)
     plain = getattr(plain, "inner_optimizer", plain)
     config = plain.get_config() | (dict(learning_rate=lr) if lr is not None else {})
@@ -114,7 +114,7 @@ def learner(
 # %% ../../nbs/library/training/learner.ipynb #ee77db9e
 @contextmanager
 def precision_scope(model, precision: str) -> Iterator[None]:
-    "What is compiled in this block computes with fewer digits; the weights, and what is compiled later, keep all of them."
+    "What is compiled in this block computes with fewer digits; the weights keep all of them."
     def inside(part):
         return [part, *(layer for sub in getattr(part, "layers", ()) for layer in inside(sub))]
     before = [(layer, layer.dtype_policy) for layer in inside(model)]
@@ -135,7 +135,7 @@ def _generators(part) -> list:
     "The states of the random generators of a model and its layers."
     return [v for v in part.variables if "seed_generator_state" in v.path]
 
-def _reseed(part, seed: int, epoch: int) -> None:
+def reseed(part, seed: int, epoch: int) -> None:
     for i, state in enumerate(_generators(part)):
         state.assign(np.array([_seed(seed, "layer", i, epoch), 0], dtype="uint32"))
 
@@ -201,7 +201,7 @@ def run_epochs(
             rate = learning_rate(schedule, val_losses(history), lr, epochs)
             if rate is not None:
                 taught.optimizer.learning_rate = rate
-            _reseed(taught, seed, len(history))
+            reseed(taught, seed, len(history))
             shown = batches(_seed(seed, "order", len(history)))
             if isinstance(taught, Learner):
                 taught.run_epoch(shown, len(history), relay)

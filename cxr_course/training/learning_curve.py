@@ -14,8 +14,8 @@ import pandas as pd
 
 from ..show import PALETTE
 from .augmentation import metrics_over_seeds
-from .backbones import was_killed
 from .run import load_run
+from .run_folder import can_resume
 from .transfer import subsample_patients, train_backbone
 
 # %% auto #0
@@ -43,7 +43,7 @@ def learning_curve(
             done = (run / "card.json").exists()
             found = load_run(run) if done else train_backbone(backbone, part, run, weights, seed=seed,
                                                               epochs=epochs, batch=batch,
-                                                              resume=was_killed(run), **options)
+                                                              resume=can_resume(run), **options)
             value, low, high, _ = found.metric("AUC", "test")
             rows.append(dict(backbone=backbone, weights=weights, films=taught + chose, seed=seed, auc=value,
                              low=low, high=high))

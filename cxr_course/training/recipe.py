@@ -17,7 +17,7 @@ def basic_augmentation(
     shape: tuple[int, int], # (h, w) of the images
     seed: int = 0, # of the numbers drawn; `fit` seeds them anew for every epoch
 ): # a Keras layer from images (n, h, w, 1) to images
-    "Images as they might also have been taken: moved, turned, nearer or farther, other contrast and exposure; never mirrored."
+    "Images moved, turned, nearer or farther, with other contrast and exposure; never mirrored."
     draw, near = keras.layers, dict(fill_mode="nearest")
     return keras.Sequential([
         keras.Input((*shape, 1)),

@@ -61,7 +61,8 @@ class TrainingRun:
         t, scores = self.card["training"], ", ".join(f"{s} AUC {self.metric('AUC', s)}"
                                                      for s in self.card["metrics"])
         cut = " (interrupted)" if self.card["interrupted"] else ""
-        return f"{self.card['model']['name']}, kept epoch {t['best_epoch']} of {t['epochs_run']}{cut}, {t['seconds']:.0f} s: {scores}"
+        kept = f"kept epoch {t['best_epoch']} of {t['epochs_run']}{cut}"
+        return f"{self.card['model']['name']}, {kept}, {t['seconds']:.0f} s: {scores}"
 
 # %% ../../nbs/library/training/run.ipynb #d407fbd9
 RUN_FORMAT = 2

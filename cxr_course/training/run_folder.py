@@ -19,7 +19,18 @@ import pandas as pd
 from ..core import CourseError, atomic
 
 # %% auto #0
-__all__ = []
+__all__ = ['can_resume']
+
+# %% ../../nbs/library/training/run_folder.ipynb #6a875374
+def can_resume(
+    run: str | Path, # a run folder
+) -> bool:
+    "Whether a training of that name was killed and can go on where it was."
+    return (partial_folder(Path(run)) / "state.npz").exists()
+
+# %% ../../nbs/library/training/run_folder.ipynb #f708a4ec
+def partial_folder(run: Path) -> Path:
+    return run.with_name(f".{run.name}.partial")
 
 # %% ../../nbs/library/training/run_folder.ipynb #ed36d486
 def save_state(part: Path, variables: list, epoch: int) -> None:
@@ -53,9 +64,6 @@ def read_history(folder: Path) -> pd.DataFrame:
                           "copy the run again") from e
 
 # %% ../../nbs/library/training/run_folder.ipynb #1d114270
-def partial_folder(run: Path) -> Path:
-    return run.with_name(f".{run.name}.partial")
-
 @contextmanager
 def workplace(run: Path, plan: dict, resume: bool) -> Iterator[Path]:
     "The folder to work in, for us alone: a new one, or the one a killed run left, if its plan is ours."

@@ -129,7 +129,7 @@ class EpochScores(keras.metrics.Metric):
 
 # %% ../../nbs/library/training/scores.ipynb #f71ac467
 def _auc_of_histogram(absent: np.ndarray, present: np.ndarray) -> float:
-    "Chance that an image with a finding lies in a higher bin than one without it; the same bin counts one half."
+    "Chance that an image with a finding lies in a higher bin than one without; a tie counts one half."
     pairs = absent.sum() * present.sum()
     below = np.cumsum(absent) - absent / 2
     return float((present * below).sum() / pairs) if pairs else float("nan")

@@ -44,7 +44,8 @@ SMALL = Space(filters=((8, 32), (8, 64), (8, 64)), dense=(8, 32), step=8)
 def import_keras_tuner():
     "keras-tuner and what it needs, or a word about how to get them."
     try:
-        import keras_tuner, tensorboard
+        import keras_tuner
+        import tensorboard # noqa: F401
     except ImportError as e:
         raise CourseError(f"a search needs keras-tuner and TensorBoard, and {e.name} is missing", None,
                           'install them with pip install "cxr-course[tune]"') from e
@@ -86,7 +87,7 @@ def mean_auc(task: Task, truth: np.ndarray, p: np.ndarray) -> float:
 
 # %% ../../nbs/library/training/search_space.ipynb #d654c324
 class ValidationAUC(keras.callbacks.Callback):
-    "After every epoch: loss and AUC on validation, counted by pairs, for the callbacks that follow and for the history."
+    "After every epoch: validation loss and AUC, counted by pairs, for later callbacks and the history."
     def __init__(self,
         store, # a Store with validation images
         file: str | Path | None = None, # where the predictions of the epoch with the lowest loss go

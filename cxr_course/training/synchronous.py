@@ -55,7 +55,7 @@ def refuse_disagreement(strategy, plan: dict) -> None:
 
 # %% ../../nbs/library/training/synchronous.ipynb #f1386caf
 class SynchronousLearner(Learner):
-    "A model that several processes train together: each takes its rows of every batch, and all take the same step."
+    "A model that several processes train: each takes its rows of a batch, all take the same step."
     def __init__(self,
         model, # from images (n, h, w, 1) to logits, built outside the strategy's scope
         augment: Callable | None = None, # a Keras layer for training images

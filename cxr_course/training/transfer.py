@@ -155,14 +155,14 @@ def unfreeze(
 
 # %% ../../nbs/lessons/10_transfer.ipynb #f26d9e76
 def layer_learning_rates(
-    model, # thawed
-    borrowed: float = .1, # the share of the learning rate that pretrained weights take ...
+    model, # unfrozen
+    pretrained: float = .1, # the share of the learning rate that pretrained weights take ...
     # ... at the end of the backbone; at its beginning this one, and in between between; default: the same
     first: float | None = None,
 ) -> list[float]: # one for each of model.trainable_variables; 1 for the head
     "Small learning rates for what was pretrained, the whole one for the new head."
     mine = feature_extractor(model).trainable_variables
-    steps = np.geomspace(borrowed if first is None else first, borrowed, max(len(mine), 1))
+    steps = np.geomspace(pretrained if first is None else first, pretrained, max(len(mine), 1))
     return [*(float(f"{s:.4g}") for s in steps[: len(mine)]),
             *[1.0] * len(classifier_head(model).trainable_variables)]
 
@@ -173,7 +173,7 @@ def fine_tune(
     run: str | Path, # the run folder to make
     head: dict | None = None, # options of `fit_head`
     last: int | None = None, # layers of the backbone to unfreeze in the second stage; None: all
-    borrowed: float = .1, # the share of the learning rate that pretrained weights take
+    pretrained: float = .1, # the share of the learning rate that pretrained weights take
     *,
     resume: bool = False, # continue a killed run
     **options, # of `fit`
@@ -185,20 +185,20 @@ def fine_tune(
         about = json.loads(plan.read_text())["about"]
     else:
         usual = dict(seed=options.get("seed", 0), loss=options.get("loss") or cross_entropy)
-        about = _stages(fit_head(freeze(model), store, **usual | (head or {})), last, borrowed)
+        about = _stages(fit_head(freeze(model), store, **usual | (head or {})), last, pretrained)
     unfreeze(model, last)
-    return fit(model, store, run=run, rates=layer_learning_rates(model, borrowed), about=about, resume=resume,
+    return fit(model, store, run=run, rates=layer_learning_rates(model, pretrained), about=about, resume=resume,
                **options)
 
 # %% ../../nbs/lessons/10_transfer.ipynb #d81c3583
-def _stages(first: pd.DataFrame, last: int | None, borrowed: float) -> dict:
+def _stages(first: pd.DataFrame, last: int | None, pretrained: float) -> dict:
     "What the card says about the two stages."
     best = first.iloc[best_epoch(first["val_loss"])]
     scores = {k: round(float(best[k]), 4) for k in ("val_loss", "val_auc")}
     return dict(stages=[dict(stage="head on frozen maps", epochs_run=len(first),
                              best_epoch=int(best["epoch"])) | scores,
-                        dict(stage="fine-tuning", thawed="all" if last is None else last, borrowed=borrowed,
-                             batch_normalisation="kept as borrowed")])
+                        dict(stage="fine-tuning", unfrozen="all" if last is None else last, pretrained=pretrained,
+                             batch_normalisation="kept as pretrained")])
 
 # %% ../../nbs/lessons/10_transfer.ipynb #c9ae2b7a
 def train_backbone(

@@ -28,7 +28,7 @@ from ..frame import Task
 from cxr_course.training.search_space import (
     SYSTEM_E, Space, hypermodel, import_keras_tuner, positive_seed, read_json, write_json,
 )
-from .trials import trials
+from .trials import tell_trial, trial_score, trials
 
 # %% auto #0
 __all__ = ['METHODS', 'search']
@@ -41,8 +41,9 @@ class _Over(Exception):
 
 class _Budget:
     "Knows when no further trial may start, and how long each one took."
-    def __init__(self, folder: Path, epochs: float, minutes: float | None, clock: Callable[[], float]):
-        self.folder, self.epochs, self.minutes, self.clock = folder, epochs, minutes, clock
+    def __init__(self, folder: Path, most: int, limit: float, minutes: float | None,
+                 clock: Callable[[], float]):
+        self.folder, self.most, self.limit, self.minutes, self.clock = folder, most, limit, minutes, clock
         self.before, self.began, self.failed, self.done = trials(folder)["seconds"].sum(), clock(), 0, 0
 
     def check(self) -> None:
@@ -51,7 +52,7 @@ class _Budget:
             raise _Over
         if self.failed >= FAILURES and not self.done:
             raise _Over
-        if found["epochs"].where(found["status"] != "failed", found["asked"]).sum() >= self.epochs:
+        if found["epochs"].where(found["status"] != "failed", found["asked"]).sum() >= self.limit:
             raise _Over
 
     def start(self, folder: str) -> int:
@@ -86,12 +87,12 @@ def _tuner(method: str, network, folder: Path, plan: dict, n: int, budget: _Budg
             if budget.start(folder) > 2:
                 raise kt.errors.FailedTrialError("the process died in this trial twice")
             self.hypermodel.folder, self.hypermodel.run = folder, 0
-            return _summary(super().run_trial(trial, *args, **options))
+            return trial_score(super().run_trial(trial, *args, **options))
 
         def on_trial_end(self, trial):
             budget.end(trial.status == "COMPLETED")
             super().on_trial_end(trial)
-            _tell(self.project_dir, trial.trial_id)
+            tell_trial(self.project_dir, trial.trial_id, budget.most)
 
     runs = plan["executions"] * (plan["folds"] or 1)
     with contextlib.redirect_stdout(io.StringIO()):
@@ -104,32 +105,10 @@ def _tuner(method: str, network, folder: Path, plan: dict, n: int, budget: _Budg
         tuner.oracle.trials = {k: t for k, t in tuner.oracle.trials.items() if k in tuner.oracle.start_order}
     return tuner
 
-def _summary(runs: list[dict]) -> dict:
-    "What the trainings of one trial come to."
-    scores = [run["val_auc"] for run in runs]
-    if not np.isfinite(scores).all():
-        raise CourseError("there is no AUC", "validation", "it needs images of both classes")
-    spread = {"spread": float(np.std(scores, ddof=1))} if len(runs) > 1 else {}
-    return dict(val_auc=float(np.mean(scores)), runs=len(runs),
-                epochs=sum(run["epochs"] for run in runs)) | spread
-
 # %% ../../nbs/lessons/12_search.ipynb #28726b2a
-def _tell(folder: str, trial_id: str) -> None:
-    "A line a trial."
-    if os.environ.get("CXR_COURSE_QUIET"):
-        return
-    found = trials(folder)
-    row = found[found["trial"] == int(trial_id)].iloc[0]
-    chosen = ", ".join(f"{k} {row[k]:.3g}" for k in found.columns[1:found.columns.get_loc("score")])
-    how = f"val AUC {row['score']:.3f}, best {found['score'].max():.3f}"
-    how = how if row["status"] == "done" else f"failed: {row['reason']}"
-    again = f" (trial {row['of']} continued)" if pd.notna(row["of"]) else ""
-    print(f"trial {row['trial']}{again}: {chosen}: {how}; {row['epochs']:.0f} epochs, {row['seconds']:.0f} s",
-          flush=True)
-
 @contextlib.contextmanager
 def _quiet():
-    "Without remarks on compiling anew and on the Gaussian process, and without tracebacks: reasons stand in the table."
+    "Without remarks on compiling and the Gaussian process, and without tracebacks: the table has reasons."
     from keras_tuner.src import config
     log = logging.getLogger("tensorflow")
     before, debug = log.level, config.DEBUG
@@ -225,7 +204,8 @@ def search(
     clock: Callable[[], float] = time.monotonic, # seconds
 ) -> pd.DataFrame: # the table of `trials(folder)`
     "Look for the network with the best AUC on validation, within a budget."
-    folder, kt = Path(folder), import_keras_tuner()
+    folder = Path(folder)
+    import_keras_tuner()
     _refuse(method, store, network, folds, [trials, epochs, executions, np.inf if minutes is None
                                             else minutes])
     stores = [] if store is None else _stores(store, folds, seed)
@@ -236,8 +216,8 @@ def search(
     _open(folder, plan, stores, resume)
     network = network or hypermodel(space, (*stores[0].shape, 1), task, seed, stores=stores,
                                     executions=executions, batch=batch, patience=patience)
-    runs = executions * (folds or 1)
-    budget = _Budget(folder, trials * epochs * runs if method == "hyperband" else np.inf, minutes, clock)
+    most = trials * epochs * executions * (folds or 1)
+    budget = _Budget(folder, most, most if method == "hyperband" else np.inf, minutes, clock)
     board = [keras.callbacks.TensorBoard(folder / "logs", write_graph=False)] if stores else []
     with _quiet(), contextlib.suppress(_Over):
         tuner = _tuner(method, network, folder, plan, trials, budget)

@@ -35,8 +35,8 @@ def hyperparameter_importance(
     found: pd.DataFrame, # a table of trials
     draws: int = 20, # times that the trials are drawn anew
     seed: int = 0, # same seed, same answer
-) -> pd.DataFrame: # one row a hyperparameter, and a die that has no part in it: parameter, share of the variation, low, high
-    "How much of the variation between trials each hyperparameter explains by itself, with the middle 90 % over redrawn trials."
+) -> pd.DataFrame: # a row a hyperparameter, and a die that has no part: share of the variation, low, high
+    "How much of the variation each hyperparameter explains, with the middle 90 % over redrawn trials."
     from sklearn.ensemble import RandomForestRegressor
     full = _done(found)
     full = full[full["asked"] == full["asked"].max()]
