@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-START = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from cxr_course.cli import app; app(prog_name='cxr-course')"
+START = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from cxr_course.cli.__main__ import app; app(prog_name='cxr-course')"
 
 
 def environment(**more):
@@ -59,14 +59,14 @@ def test_help_teaches():
 
 
 def test_nothing_heavy_is_imported_for_help():
-    code = "import sys, cxr_course.cli; print([m for m in ('tensorflow', 'keras', 'pandas', 'numpy', 'matplotlib', 'cxr_course.core') if m in sys.modules])"
+    code = "import sys, cxr_course.cli.__main__; print([m for m in ('tensorflow', 'keras', 'pandas', 'numpy', 'matplotlib', 'cxr_course.core') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
                           check=True).stdout.strip() == "[]"
 
 
 def test_train_help_loads_no_network():
     code = (
-        "import sys\nfrom cxr_course.cli import app\ntry: app(['train', '--help'], prog_name='cxr-course')\n"
+        "import sys\nfrom cxr_course.cli.__main__ import app\ntry: app(['train', '--help'], prog_name='cxr-course')\n"
         "except SystemExit: pass\nprint([m for m in ('tensorflow', 'keras', 'pandas') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -75,14 +75,14 @@ def test_train_help_loads_no_network():
 
 def test_an_error_has_a_remedy_for_each_door():
     "The terminal says its own remedy where there is one; an error that nobody foresaw is no words."
-    from cxr_course.cli.app import _in_words
+    from cxr_course.cli.app import error_in_words
     from cxr_course.core import CourseError
     error = CourseError("2 files are no images", "films", "pass skip_bad=True")
-    assert "pass skip_bad=True" in _in_words(error)
+    assert "pass skip_bad=True" in error_in_words(error)
     error.typed = "add --skip-bad"
-    assert _in_words(error) == "2 files are no images: films\n  What to do: add --skip-bad"
-    assert "disk is full" in _in_words(OSError(28, "No space left on device"))
-    assert _in_words(OSError(2, "gone")) is None and _in_words(ValueError("a fault of ours")) is None
+    assert error_in_words(error) == "2 files are no images: films\n  What to do: add --skip-bad"
+    assert "disk is full" in error_in_words(OSError(28, "No space left on device"))
+    assert error_in_words(OSError(2, "gone")) is None and error_in_words(ValueError("a fault of ours")) is None
 
 
 def test_version():
@@ -279,7 +279,7 @@ def spoiled(place):
 
 
 @pytest.mark.parametrize("words, told", MISTAKES, ids=lambda v: " ".join(v) if v and v[0] in ("train", "evaluate", "predict", "data") else None)
-def test_mistakes_are_answered_in_words(spoiled, words, told):
+def test_mistakes_are_answerederror_in_words(spoiled, words, told):
     before = {p.name for p in (spoiled / "runs").glob("*")} if (spoiled / "runs").exists() else set()
     _, err = cxr(*words, cwd=spoiled, code=2)
     for t in told: assert t in err, err
@@ -381,7 +381,7 @@ def test_shift_gives_a_verdict(trained):
     assert "never overwritten" in err
     (place / "nothing").mkdir()
     _, err = cxr("shift", "runs/first", "--data", "nothing", code=2, cwd=place)
-    assert "no picture" in err
+    assert "no image here" in err
 
 
 def test_tune_searches_resumes_and_trains_the_winner_once(place):
@@ -419,7 +419,7 @@ def test_launch_is_train_by_two(place):
     assert not list((place / "runs").glob(".*"))
 
 
-def test_launch_refuses_in_words(place):
+def test_launch_refuseserror_in_words(place):
     _, err = cxr("launch", "evaluate", "runs/first", cwd=place, code=2)
     assert "cannot be launched" in err
     _, err = cxr("launch", "train", "--data", "films", cwd=place, code=2)

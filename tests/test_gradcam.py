@@ -64,8 +64,8 @@ def test_by_hand():
     mean = a.mean((1, 2))[0]
     assert np.allclose(raw("ablation", model, film, class_logit()),
                        3 * mean[0] * a[..., 0] + mean[1] * a[..., 1])
-    assert np.allclose(raw("alone", model, film, class_logit()), raw("ablation", model, film, class_logit()))
-    assert np.allclose(raw("slope", model, film, class_logit()), 1 / 4)
+    assert np.allclose(raw("channel", model, film, class_logit()), raw("ablation", model, film, class_logit()))
+    assert np.allclose(raw("saliency", model, film, class_logit()), 1 / 4)
     assert np.allclose(raw("integrated", model, film, class_logit(), steps=3), film / 4)
     assert np.allclose(raw("occlusion", model, film, class_logit(), patch=1), (film - film.mean()) / 4)
     assert np.allclose(explain(model, film, class_logit(), "cam"), film / 4)
@@ -88,7 +88,7 @@ def test_where_the_head_is_a_mean_three_methods_are_one(model, films, target):
         assert np.allclose(raw(other, model, films, target) * cells, cam, rtol=1e-3,
                            atol=1e-5 * abs(cam).max())
     if target is not predicted_class:
-        assert np.allclose(raw("ablation", model, films, target), raw("alone", model, films, target),
+        assert np.allclose(raw("ablation", model, films, target), raw("channel", model, films, target),
                            atol=1e-5)
 
 
@@ -163,7 +163,7 @@ def test_films_that_do_not_fit(model, wrong, says):
 
 
 def test_a_target_that_is_none(model, films):
-    with pytest.raises(CourseError, match="one number a film"): explain(model, films, lambda z: z)
+    with pytest.raises(CourseError, match="one number an image"): explain(model, films, lambda z: z)
     with pytest.raises(CourseError, match="no method"): explain(model, films, method="cam-grad")
 
 
@@ -297,9 +297,9 @@ def test_the_same_maps_as_tf_keras_vis(model, films):
     assert theirs.shape == ours.shape and np.allclose(theirs, ours, atol=1e-5 * ours.max())
 
 
-def test_backbones_of_chapter_14(films):
-    transfer = pytest.importorskip("cxr_course.transfer")
-    model = transfer.build("mobilenetv2", (64, 64, 1), 2)
+def test_backbones_of_transfer_learning(films):
+    from cxr_course.training.backbones import build_backbone
+    model = build_backbone("mobilenetv2", (64, 64, 1), 2)
     x = np.stack([resize(f, (64, 64)) for f in films[:2]])
     for method in ("gradcam", "gradcam++", "hirescam"):
         assert explain(model, x, logit_difference(1), method).shape == (2, 64, 64)
@@ -309,7 +309,7 @@ def test_files(dense, films, tmp_path):
     for i in range(2): to_png(resize(films[i], (99, 160)), tmp_path / f"f{i}.png")
     paths = sorted(tmp_path.glob("*.png"))
     found = list(explain_files(dense, ["NORMAL", "PNEUMONIA"], paths, "PNEUMONIA"))
-    assert len(found) == 2 and found[0]["heat"].shape == found[0]["film"].shape == (99, 141)
+    assert len(found) == 2 and found[0]["heat"].shape == found[0]["image"].shape == (99, 141)
     out = save_overlay(found[0], tmp_path / "out" / "a.png")
     assert out.read_bytes()[:4] == b'\x89PNG' and shape_of(out)[1] > 300
     listed = save_overlays(found + found[:1], tmp_path / "all")

@@ -184,7 +184,7 @@ def test_patterns_and_folders(made, tmp_path):
     )
     assert expand_paths([tmp_path / "2.png",
                          tmp_path / "0.png"]) == [str(tmp_path / "2.png"), str(tmp_path / "0.png")]
-    with pytest.raises(CourseError, match="no picture"): expand_paths(tmp_path / "*.dcm")
+    with pytest.raises(CourseError, match="no image here"): expand_paths(tmp_path / "*.dcm")
 
 
 @pytest.mark.parametrize("kind, units, activation, labels", [("two", 1, "sigmoid", ["A", "B"]), ("two", 2, "softmax", ["A", "B"]), ("three", 3, "softmax", ["A", "B", "C"]), ("findings", 2, "sigmoid", ["Effusion", "Mass"])])
@@ -212,7 +212,7 @@ def test_a_model_from_elsewhere_becomes_a_bundle(kind, units, activation, labels
         None if kind == "three" else 0.5 if kind == "two" else {"Effusion": 0.5, "Mass": 0.5}
     )
     text = model_card(made.card, made.folder.name)
-    for words in ("not for diagnosis", "trained: elsewhere", "not recorded here", "24 x 20", "likeness"):
+    for words in ("not for diagnosis", "trained: elsewhere", "not recorded", "24 x 20", "likeness"):
         assert words in text
     with pytest.raises(CourseError, match="never overwritten"):
         bundle_of(made.model, labels, tmp_path / "theirs", findings=kind == "findings")

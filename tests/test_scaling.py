@@ -57,8 +57,8 @@ SCRIPT = """
     import sys
     from pathlib import Path
     sys.path.insert(0, {tests!r})
-    from cxr_course import scaling
-    two = scaling.devices(2)
+    from cxr_course.scale.work import devices
+    two = devices(2)
     from test_scaling import fit
     fit(Path({folder!r}), "one")
     fit(Path({folder!r}), "both", strategy=two)
@@ -215,7 +215,7 @@ def test_without_ray_it_says_what_to_install(monkeypatch):
 
 @needs_ray
 def test_a_cluster_that_is_not_there():
-    code = "from cxr_course import ray_engine\nwith ray_engine.ray_session(address='127.0.0.1:1'): pass"
+    code = "from cxr_course.scale.engine import ray_session\nwith ray_session(address='127.0.0.1:1'): pass"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 1 and "no Ray cluster answers" in done.stderr and "auto" in done.stderr
 
