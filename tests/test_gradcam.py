@@ -44,7 +44,7 @@ def raw(method, model, films, target, **options):
 
 
 def handmade():
-    "A film is its own only map; the head is mean and one weight: everything can be worked out on paper."
+    "An image is its own only map; the head is mean and one weight: everything can be worked out on paper."
     look = keras.Sequential([keras.Input((2, 2, 1)), keras.layers.Conv2D(2, 1, use_bias=False)],
                             name="features")
     decide = keras.Sequential([keras.Input((2, 2, 2)), keras.layers.GlobalAveragePooling2D(),
@@ -64,7 +64,8 @@ def test_by_hand():
     mean = a.mean((1, 2))[0]
     assert np.allclose(raw("ablation", model, film, class_logit()),
                        3 * mean[0] * a[..., 0] + mean[1] * a[..., 1])
-    assert np.allclose(raw("channel", model, film, class_logit()), raw("ablation", model, film, class_logit()))
+    assert np.allclose(raw("channel", model, film, class_logit()),
+                       raw("ablation", model, film, class_logit()))
     assert np.allclose(raw("saliency", model, film, class_logit()), 1 / 4)
     assert np.allclose(raw("integrated", model, film, class_logit(), steps=3), film / 4)
     assert np.allclose(raw("occlusion", model, film, class_logit(), patch=1), (film - film.mean()) / 4)
@@ -80,7 +81,10 @@ def test_gradcam_plus_by_hand():
                        rtol=1e-5)
 
 
-@pytest.mark.parametrize("target", [class_logit(2), logit_difference(1), other_classes(class_logit(0)), predicted_class])
+TARGETS = [class_logit(2), logit_difference(1), other_classes(class_logit(0)), predicted_class]
+
+
+@pytest.mark.parametrize("target", TARGETS)
 def test_where_the_head_is_a_mean_three_methods_are_one(model, films, target):
     cam = raw("cam", model, films, target)
     cells = np.prod(cam.shape[1:])
@@ -157,7 +161,10 @@ def test_targets_by_name():
     with pytest.raises(CourseError, match="knows well, sick"): target_for("ill", ["well", "sick"], 1)
 
 
-@pytest.mark.parametrize("wrong, says", [(np.zeros((2, 20, 20)), "takes images of"), (np.full((33, 47), np.nan), "no numbers")])
+WRONG = [(np.zeros((2, 20, 20)), "takes images of"), (np.full((33, 47), np.nan), "no numbers")]
+
+
+@pytest.mark.parametrize("wrong, says", WRONG)
 def test_films_that_do_not_fit(model, wrong, says):
     with pytest.raises(CourseError, match=says): explain(model, wrong, class_logit(0))
 
@@ -223,7 +230,8 @@ def test_controls_know_nothing(films):
         c["random"][0], c["random"][1]
     )
     assert np.unravel_index(c["centre"][0].argmax(), (33, 47)) == (16, 23)
-    half = np.zeros((400, 32, 32), bool); half[:, :, :8] = True
+    half = np.zeros((400, 32, 32), bool)
+    half[:, :, :8] = True
     assert abs(pointing_game(baseline_maps(np.zeros((400, 32, 32)) + np.eye(32))["random"],
                              half).mean() - 0.25) < 0.07
 

@@ -1,9 +1,8 @@
-"""A bundle answers what training wrote down, whatever file the film comes in, and says when it should not be believed."""
+"""A bundle answers what training wrote down, whatever file the image comes in, and says when to doubt it."""
 import json
 import shutil
 
 import numpy as np
-import pandas as pd
 import pytest
 
 from cxr_course.core import CourseError, rng
@@ -187,7 +186,11 @@ def test_patterns_and_folders(made, tmp_path):
     with pytest.raises(CourseError, match="no image here"): expand_paths(tmp_path / "*.dcm")
 
 
-@pytest.mark.parametrize("kind, units, activation, labels", [("two", 1, "sigmoid", ["A", "B"]), ("two", 2, "softmax", ["A", "B"]), ("three", 3, "softmax", ["A", "B", "C"]), ("findings", 2, "sigmoid", ["Effusion", "Mass"])])
+ELSEWHERE = [("two", 1, "sigmoid", ["A", "B"]), ("two", 2, "softmax", ["A", "B"]),
+             ("three", 3, "softmax", ["A", "B", "C"]), ("findings", 2, "sigmoid", ["Effusion", "Mass"])]
+
+
+@pytest.mark.parametrize("kind, units, activation, labels", ELSEWHERE)
 def test_a_model_from_elsewhere_becomes_a_bundle(kind, units, activation, labels, tmp_path):
     import keras
 

@@ -1,4 +1,4 @@
-"""Beyond one machine: two workers compute what one computes, a killed worker loses nothing, a failing trial ends no search.
+"""Beyond one machine: two workers compute what one computes, a killed one loses nothing, a search goes on.
 
 The engine (Ray) belongs to the extra `scale`; without it the tests that need it are skipped.
 """
