@@ -2,8 +2,8 @@
 beside it on the same model.
 
 Run it with `python tests/bench_gradcam.py`; `make bench` collects the last line. tf-keras-vis is no
-requirement of the course: without it (`pip install --no-deps tf-keras-vis deprecated imageio wrapt`) its times
-are left out and the reason is said.
+requirement of the course: without it (`pip install --no-deps tf-keras-vis deprecated imageio wrapt`) its
+times are left out and the reason is said.
 """
 from __future__ import annotations
 

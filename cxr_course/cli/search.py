@@ -107,7 +107,7 @@ class MethodChoice(str, Enum):
 
 class SpaceChoice(str, Enum):
     "From how large a space to choose."
-    system_e, small = "system-e", "small"
+    large, small = "large", "small"
 
 @app.command("tune", short_help="Search for a better network within a budget.")
 def tune_command(
@@ -123,8 +123,8 @@ def tune_command(
     out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the search goes.")] = Path("runs/search"),
     size: Annotated[str, typer.Option(metavar="PIXELS", help="Images are cropped and resized to this: 64, or "
         "HEIGHTxWIDTH. As published: 180.")] = "64",
-    space: Annotated[SpaceChoice, typer.Option(help="system-e: 32 to 256 filters, as published. small: a quarter "
-        "of them, for a laptop.")] = SpaceChoice.system_e,
+    space: Annotated[SpaceChoice, typer.Option(help="large: 32 to 256 filters, as published. small: a quarter "
+        "of them, for a laptop.")] = SpaceChoice.large,
     executions: Annotated[int, typer.Option(min=1, help="Trainings of each network with different random "
         "seeds; their mean counts.")] = 1,
     folds: Annotated[int | None, typer.Option(min=2, help="Judge on so many folds by patient instead of on "
