@@ -106,9 +106,9 @@ def data_check(
       cxr-course data check path/to/chest_xray --quick
       cxr-course data check path/to/covid_set --beside path/to/chest_xray
     """
-    from cxr_course.data.checks import check
+    from cxr_course.data.checks import check_dataset
     other = None if beside is None else load_frame(beside)
-    report = check(load_frame(name, classes, columns, findings), pixels=not quick, beside=other)
+    report = check_dataset(load_frame(name, classes, columns, findings), pixels=not quick, beside=other)
     typer.echo(repr(report))
     for row in report.bad.to_dict("records"):
         typer.echo(f"{row['path']}: {row['error']}")
@@ -136,8 +136,8 @@ def data_explore(
       cxr-course data explore path/to/chest_xray --out about_chest_xray
     """
     refuse_existing(out)
-    from cxr_course.data.exploration_page import overview
-    page = overview(load_frame(name, classes, columns, findings), out, pixels=not quick, skip_bad=skip_bad)
+    from cxr_course.data.exploration_page import write_overview
+    page = write_overview(load_frame(name, classes, columns, findings), out, pixels=not quick, skip_bad=skip_bad)
     typer.echo(f"The page to read is {page}")
 
 # %% ../../nbs/library/cli/data.ipynb #ddaee3dc

@@ -51,10 +51,10 @@ def load_frame(
     "A frame; files that are no images are in it, without a size."
     import warnings
 
-    from cxr_course.data.loading import load
+    from cxr_course.data.loading import load_dataset
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")                  # bad files are told by whoever asked for the frame
-        return load(name, classes=classes, columns=parse_pairs(columns), findings=_said(name, findings),
+        return load_dataset(name, classes=classes, columns=parse_pairs(columns), findings=_said(name, findings),
                     unknown=unknown)
 
 def parse_pairs(text: str | None) -> dict[str, str] | None:
@@ -70,10 +70,10 @@ def parse_pairs(text: str | None) -> dict[str, str] | None:
 
 def _said(name: str, findings: str | None) -> list[str] | None:
     "The findings that a plain table must be told; data sets of a known layout say themselves what they hold."
-    from cxr_course.data.layouts import layout
+    from cxr_course.data.layouts import detect_layout
     from cxr_course.data.registry import REGISTRY
     known = name in REGISTRY and not Path(name).exists()
-    if findings in (None, "all") or known or layout(name) != "csv":
+    if findings in (None, "all") or known or detect_layout(name) != "csv":
         return None
     return [finding.strip() for finding in findings.split(",")]
 
