@@ -1,7 +1,9 @@
-"""How long do heat maps take? Grad-CAM of 64 pictures at 224 px, in one batch and one by one, with tf-keras-vis beside it on the same model.
+"""How long do heat maps take? Grad-CAM of 64 images at 224 px, in one batch and one by one, with tf-keras-vis
+beside it on the same model.
 
-Run it with `python tests/bench_gradcam.py`; `make bench` collects the last line. tf-keras-vis is no requirement of the course: without it
-(`pip install --no-deps tf-keras-vis deprecated imageio wrapt`) its figures are left out and the reason is said.
+Run it with `python tests/bench_gradcam.py`; `make bench` collects the last line. tf-keras-vis is no
+requirement of the course: without it (`pip install --no-deps tf-keras-vis deprecated imageio wrapt`) its
+times are left out and the reason is said.
 """
 from __future__ import annotations
 
@@ -24,7 +26,7 @@ from cxr_course.models.cnn import build_cnn, classifier_head, feature_extractor
 
 
 def one_piece(model):
-    "The same layers and weights without the two halves: tf-keras-vis has to find a layer inside one flat model."
+    "The same layers and weights without the two halves: tf-keras-vis looks for a layer in one flat model."
     layers = [layer for part in (feature_extractor(model), classifier_head(model)) for layer in part.layers]
     flat = keras.Sequential([keras.Input(model.input_shape[1:]),
                              *(type(layer).from_config(layer.get_config()) for layer in layers)])
@@ -33,7 +35,7 @@ def one_piece(model):
 
 
 def peer(model, target):
-    "Grad-CAM by tf-keras-vis as a function of pictures (n, h, w, 1), small maps before scaling; or the reason why not."
+    "Grad-CAM by tf-keras-vis as a function of images (n, h, w, 1), before scaling; or the reason why not."
     try: from tf_keras_vis.gradcam import Gradcam
     except ImportError as e: return f"not installed ({e.name})"
     last = feature_extractor(model).layers[-1].name
@@ -51,25 +53,25 @@ def seconds(work) -> float:
     return min(once() for _ in range(3))
 
 
-def bench(model, pictures: int = 64, side: int = 224) -> dict:
-    "Seconds of each way, their ratios, and the largest difference between the maps, relative to the largest value."
-    films, target = rng(0, "bench.gradcam").random((pictures, side, side), dtype=np.float32), class_logit(0)
+def bench(model, count: int = 64, side: int = 224) -> dict:
+    "Seconds of each way, their ratios, and the largest difference between the maps, relative to the largest."
+    films, target = rng(0, "bench.gradcam").random((count, side, side), dtype=np.float32), class_logit(0)
     ours = lambda n: np.concatenate([explain(model, films[i : i + n], target, batch=n)
-                                     for i in range(0, pictures, n)])
+                                     for i in range(0, count, n)])
     # warm
-    for n in (pictures, 1): explain(model, films[:n], target, batch=n)
-    batch, single = seconds(lambda: ours(pictures)), seconds(lambda: ours(1))
-    together, apart = ours(pictures), ours(1)
-    out = dict(name=f"Grad-CAM, {pictures} pictures at {side} px, "
+    for n in (count, 1): explain(model, films[:n], target, batch=n)
+    batch, single = seconds(lambda: ours(count)), seconds(lambda: ours(1))
+    together, apart = ours(count), ours(1)
+    out = dict(name=f"Grad-CAM, {count} images at {side} px, "
                f"{model.name} ({model.count_params():,} parameters)", one_batch=round(batch, 2),
                one_by_one=round(single, 2), ratio=round(single / batch, 2),
                largest_difference=float(np.abs(together - apart).max()))
     theirs = peer(model, target)
     if isinstance(theirs, str): return out | dict(peer=f"tf-keras-vis: {theirs}")
     x = films[..., None]
-    for n in (pictures, 1): theirs(x[:n])
+    for n in (count, 1): theirs(x[:n])
     peer_batch, peer_single = seconds(lambda: theirs(x)), seconds(
-        lambda: [theirs(x[i : i + 1]) for i in range(pictures)]
+        lambda: [theirs(x[i : i + 1]) for i in range(count)]
     )
     raw, its = np.maximum(np.asarray(grad_cam(model, x, target)), 0), theirs(x)
     return out | dict(peer="tf-keras-vis", peer_one_batch=round(peer_batch, 2),

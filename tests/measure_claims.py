@@ -1,10 +1,11 @@
 """Prove the claims that a lesson makes only above size tiny, and write down what was measured.
 
-A lesson runs at tiny in every test, and there some of its claims cannot hold: `if core.size() != "tiny": assert ...`. This command runs
-lessons at size sample, evaluates every such claim where it stands, and writes nbs/results/claims-LESSON.json with date, command, the
-values on both sides of each comparison, and the lesson's headline with its interval. `make test` reads these files (tests/test_claims.py).
+A lesson runs at tiny in every test, and there some of its claims cannot hold: `if run_size() != "tiny": ...`.
+This command runs lessons at size sample, evaluates every such claim where it stands, and writes
+nbs/results/claims-LESSON.json with date, command, the values on both sides of each comparison, and the
+lesson's headline with its interval. `make test` reads these files (tests/test_claims.py).
 
-    python tests/measure_claims.py 18_gradcam 19_shift
+    python tests/measure_claims.py 16_gradcam 17_shift
 """
 from __future__ import annotations
 
@@ -19,7 +20,7 @@ from datetime import date
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-GUARD = re.compile(r"""(core\.)?size\(\) *(!=|==) *["']tiny["']""")
+GUARD = re.compile(r"""\brun_size\(\) *(!=|==) *["']tiny["']""")
 NOTE = '''
 def _note_claim(claim, held, operands):
     import numpy as np
@@ -89,7 +90,9 @@ def measure(path: Path, size: str, out: Path) -> int:
         if cell.cell_type != "code": continue
         found, cell.source = guarded(cell.source)
         claims += len(found)
-    if not claims: print(f"{path.stem}: no claim is guarded"); return 0
+    if not claims:
+        print(f"{path.stem}: no claim is guarded")
+        return 0
     nb.cells = [nbformat.v4.new_code_cell(NOTE), *nb.cells,
                 nbformat.v4.new_code_cell("import json; print('claims:' + json.dumps(_claims))")]
     os.environ["CXR_COURSE_SIZE"], start = size, time.time()

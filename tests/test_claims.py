@@ -1,4 +1,4 @@
-"""Claims that a lesson makes only above size tiny were proven at size sample, and none was added or changed since."""
+"""Claims that a lesson makes only above size tiny were proven at size sample, and are the same since."""
 import json
 
 import measure_claims
@@ -12,7 +12,8 @@ def guarded_claims(notebook):
 
 
 def test_guarded_claims_are_found():
-    source = 'x = 1\nif core.size() != "tiny": assert x < 2 and x > 0\nassert core.size() == "tiny" or x == 1\nassert x'
+    source = ('x = 1\nif run_size() != "tiny": assert x < 2 and x > 0\n'
+              'assert run_size() == "tiny" or x == 1\nassert x')
     claims, noted = measure_claims.guarded(source)
     assert claims == ["x < 2 and x > 0", "x == 1"]
     assert (
@@ -20,12 +21,12 @@ def test_guarded_claims_are_found():
         and noted.endswith("assert x")
         and "assert x == 1" not in noted
     )
-    assert measure_claims.guarded("if core.size() != 'tiny': y = 2") == (
-        [], "if core.size() != 'tiny': y = 2",
+    assert measure_claims.guarded("if run_size() != 'tiny': y = 2") == (
+        [], "if run_size() != 'tiny': y = 2",
     )
 
 
-@pytest.mark.parametrize("lesson", ["18_gradcam", "19_shift"])
+@pytest.mark.parametrize("lesson", ["16_gradcam", "17_shift"])
 def test_recorded_claims_hold(root, lesson):
     found = sorted((root / "nbs").rglob(f"claims-{lesson}.json"))
     if not found: pytest.skip(f"not measured yet: python tests/measure_claims.py {lesson}")

@@ -44,7 +44,7 @@ def raw(method, model, films, target, **options):
 
 
 def handmade():
-    "A film is its own only map; the head is mean and one weight: everything can be worked out on paper."
+    "An image is its own only map; the head is mean and one weight: everything can be worked out on paper."
     look = keras.Sequential([keras.Input((2, 2, 1)), keras.layers.Conv2D(2, 1, use_bias=False)],
                             name="features")
     decide = keras.Sequential([keras.Input((2, 2, 2)), keras.layers.GlobalAveragePooling2D(),
@@ -64,8 +64,9 @@ def test_by_hand():
     mean = a.mean((1, 2))[0]
     assert np.allclose(raw("ablation", model, film, class_logit()),
                        3 * mean[0] * a[..., 0] + mean[1] * a[..., 1])
-    assert np.allclose(raw("alone", model, film, class_logit()), raw("ablation", model, film, class_logit()))
-    assert np.allclose(raw("slope", model, film, class_logit()), 1 / 4)
+    assert np.allclose(raw("channel", model, film, class_logit()),
+                       raw("ablation", model, film, class_logit()))
+    assert np.allclose(raw("saliency", model, film, class_logit()), 1 / 4)
     assert np.allclose(raw("integrated", model, film, class_logit(), steps=3), film / 4)
     assert np.allclose(raw("occlusion", model, film, class_logit(), patch=1), (film - film.mean()) / 4)
     assert np.allclose(explain(model, film, class_logit(), "cam"), film / 4)
@@ -80,7 +81,10 @@ def test_gradcam_plus_by_hand():
                        rtol=1e-5)
 
 
-@pytest.mark.parametrize("target", [class_logit(2), logit_difference(1), other_classes(class_logit(0)), predicted_class])
+TARGETS = [class_logit(2), logit_difference(1), other_classes(class_logit(0)), predicted_class]
+
+
+@pytest.mark.parametrize("target", TARGETS)
 def test_where_the_head_is_a_mean_three_methods_are_one(model, films, target):
     cam = raw("cam", model, films, target)
     cells = np.prod(cam.shape[1:])
@@ -88,7 +92,7 @@ def test_where_the_head_is_a_mean_three_methods_are_one(model, films, target):
         assert np.allclose(raw(other, model, films, target) * cells, cam, rtol=1e-3,
                            atol=1e-5 * abs(cam).max())
     if target is not predicted_class:
-        assert np.allclose(raw("ablation", model, films, target), raw("alone", model, films, target),
+        assert np.allclose(raw("ablation", model, films, target), raw("channel", model, films, target),
                            atol=1e-5)
 
 
@@ -157,13 +161,16 @@ def test_targets_by_name():
     with pytest.raises(CourseError, match="knows well, sick"): target_for("ill", ["well", "sick"], 1)
 
 
-@pytest.mark.parametrize("wrong, says", [(np.zeros((2, 20, 20)), "takes images of"), (np.full((33, 47), np.nan), "no numbers")])
+WRONG = [(np.zeros((2, 20, 20)), "takes images of"), (np.full((33, 47), np.nan), "no numbers")]
+
+
+@pytest.mark.parametrize("wrong, says", WRONG)
 def test_films_that_do_not_fit(model, wrong, says):
     with pytest.raises(CourseError, match=says): explain(model, wrong, class_logit(0))
 
 
 def test_a_target_that_is_none(model, films):
-    with pytest.raises(CourseError, match="one number a film"): explain(model, films, lambda z: z)
+    with pytest.raises(CourseError, match="one number an image"): explain(model, films, lambda z: z)
     with pytest.raises(CourseError, match="no method"): explain(model, films, method="cam-grad")
 
 
@@ -223,7 +230,8 @@ def test_controls_know_nothing(films):
         c["random"][0], c["random"][1]
     )
     assert np.unravel_index(c["centre"][0].argmax(), (33, 47)) == (16, 23)
-    half = np.zeros((400, 32, 32), bool); half[:, :, :8] = True
+    half = np.zeros((400, 32, 32), bool)
+    half[:, :, :8] = True
     assert abs(pointing_game(baseline_maps(np.zeros((400, 32, 32)) + np.eye(32))["random"],
                              half).mean() - 0.25) < 0.07
 
@@ -297,9 +305,9 @@ def test_the_same_maps_as_tf_keras_vis(model, films):
     assert theirs.shape == ours.shape and np.allclose(theirs, ours, atol=1e-5 * ours.max())
 
 
-def test_backbones_of_chapter_14(films):
-    transfer = pytest.importorskip("cxr_course.transfer")
-    model = transfer.build("mobilenetv2", (64, 64, 1), 2)
+def test_backbones_of_transfer_learning(films):
+    from cxr_course.training.backbones import build_backbone
+    model = build_backbone("mobilenetv2", (64, 64, 1), 2)
     x = np.stack([resize(f, (64, 64)) for f in films[:2]])
     for method in ("gradcam", "gradcam++", "hirescam"):
         assert explain(model, x, logit_difference(1), method).shape == (2, 64, 64)
@@ -309,7 +317,7 @@ def test_files(dense, films, tmp_path):
     for i in range(2): to_png(resize(films[i], (99, 160)), tmp_path / f"f{i}.png")
     paths = sorted(tmp_path.glob("*.png"))
     found = list(explain_files(dense, ["NORMAL", "PNEUMONIA"], paths, "PNEUMONIA"))
-    assert len(found) == 2 and found[0]["heat"].shape == found[0]["film"].shape == (99, 141)
+    assert len(found) == 2 and found[0]["heat"].shape == found[0]["image"].shape == (99, 141)
     out = save_overlay(found[0], tmp_path / "out" / "a.png")
     assert out.read_bytes()[:4] == b'\x89PNG' and image_shape(out)[1] > 300
     listed = save_overlays(found + found[:1], tmp_path / "all")

@@ -1,9 +1,8 @@
-"""A bundle answers what training wrote down, whatever file the film comes in, and says when it should not be believed."""
+"""A bundle answers what training wrote down, whatever file the image comes in, and says when to doubt it."""
 import json
 import shutil
 
 import numpy as np
-import pandas as pd
 import pytest
 
 from cxr_course.core import CourseError, rng
@@ -184,10 +183,14 @@ def test_patterns_and_folders(made, tmp_path):
     )
     assert expand_paths([tmp_path / "2.png",
                          tmp_path / "0.png"]) == [str(tmp_path / "2.png"), str(tmp_path / "0.png")]
-    with pytest.raises(CourseError, match="no picture"): expand_paths(tmp_path / "*.dcm")
+    with pytest.raises(CourseError, match="no image here"): expand_paths(tmp_path / "*.dcm")
 
 
-@pytest.mark.parametrize("kind, units, activation, labels", [("two", 1, "sigmoid", ["A", "B"]), ("two", 2, "softmax", ["A", "B"]), ("three", 3, "softmax", ["A", "B", "C"]), ("findings", 2, "sigmoid", ["Effusion", "Mass"])])
+ELSEWHERE = [("two", 1, "sigmoid", ["A", "B"]), ("two", 2, "softmax", ["A", "B"]),
+             ("three", 3, "softmax", ["A", "B", "C"]), ("findings", 2, "sigmoid", ["Effusion", "Mass"])]
+
+
+@pytest.mark.parametrize("kind, units, activation, labels", ELSEWHERE)
 def test_a_model_from_elsewhere_becomes_a_bundle(kind, units, activation, labels, tmp_path):
     import keras
 
@@ -212,7 +215,7 @@ def test_a_model_from_elsewhere_becomes_a_bundle(kind, units, activation, labels
         None if kind == "three" else 0.5 if kind == "two" else {"Effusion": 0.5, "Mass": 0.5}
     )
     text = model_card(made.card, made.folder.name)
-    for words in ("not for diagnosis", "trained: elsewhere", "not recorded here", "24 x 20", "likeness"):
+    for words in ("not for diagnosis", "trained: elsewhere", "not recorded", "24 x 20", "likeness"):
         assert words in text
     with pytest.raises(CourseError, match="never overwritten"):
         bundle_of(made.model, labels, tmp_path / "theirs", findings=kind == "findings")

@@ -1,4 +1,4 @@
-"""A run knows what its training images looked like, which files they were, and what the network made of its validation images."""
+"""A run knows what its training images looked like, which files they were, and what it saw in validation."""
 import numpy as np
 import pandas as pd
 import pytest

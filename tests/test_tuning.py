@@ -20,9 +20,6 @@ from cxr_course.training.trials import best_trial, caution, retrain, trial_predi
 from cxr_course.training.tuning import METHODS, _stores, search
 from cxr_course.training.tuning_plots import hyperparameters, hyperparameter_importance, plot_importance, plot_parallel
 
-keras = pytest.importorskip("keras")
-kt = pytest.importorskip("keras_tuner")
-
 TINY = Space(filters=((2, 4), (2, 4)), kernels=(3,), dense=(4, 8), step=2, dropout=(0., .2))
 
 

@@ -1,4 +1,4 @@
-"""A network from elsewhere gives the same probabilities behind the contract, keeps them in a file, and what cannot be wrapped is refused in words."""
+"""A network from elsewhere gives the same probabilities behind the contract, or is refused in words."""
 import numpy as np
 import pytest
 
@@ -77,7 +77,8 @@ def agrees(original, wrapped, x, seen=None):
 
 
 @pytest.mark.parametrize("make", MODELS)
-@pytest.mark.parametrize("units, activation", [(1, "sigmoid"), (2, "softmax"), (3, "softmax"), (4, "sigmoid")])
+@pytest.mark.parametrize("units, activation",
+                         [(1, "sigmoid"), (2, "softmax"), (3, "softmax"), (4, "sigmoid")])
 def test_the_probabilities_are_those_of_the_original(make, units, activation, tmp_path):
     original, x = make(units, activation), images()
     before = original.get_weights()
@@ -91,7 +92,8 @@ def test_the_probabilities_are_those_of_the_original(make, units, activation, tm
     assert heat.shape == x.shape and 0 <= heat.min() <= heat.max() <= 1
 
 
-@pytest.mark.parametrize("how, family", [("imagenet-caffe", "vgg16"), ("imagenet-torch", "densenet"), ("tf", "mobilenet_v2"), ("255", None), ("unit", None)])
+@pytest.mark.parametrize("how, family", [("imagenet-caffe", "vgg16"), ("imagenet-torch", "densenet"),
+                                         ("tf", "mobilenet_v2"), ("255", None), ("unit", None)])
 def test_preprocessing_is_that_of_the_family(how, family):
     original, x = functional(3, "softmax"), images()
     colour = np.repeat(x[..., None], 3, -1)
@@ -136,7 +138,7 @@ def test_the_layer_to_explain(capsys):
 
 
 def test_heat_maps_are_those_of_a_network_built_here():
-    "A network of ours, flattened into one functional model with a sigmoid and wrapped again, is explained alike."
+    "A network of ours, flattened into one model with a sigmoid and wrapped again, is explained alike."
     ours, x = build_cnn("separable", (32, 32, 1)), images()
     flat = keras.Model(ours.inputs[0], L.Activation("sigmoid")(ours.outputs[0]))
     name = feature_extractor(ours).layers[-1].name

@@ -8,14 +8,13 @@ from __future__ import annotations
 import errno
 import os
 import sys
-from pathlib import Path
 from typing import Annotated
 
 import typer
 from typer.core import TyperGroup
 
 # %% auto #0
-__all__ = ['app']
+__all__ = ['app', 'error_in_words']
 
 # %% ../../nbs/library/cli/app.ipynb #31c563f9
 class _Commands(TyperGroup):
@@ -29,13 +28,13 @@ class _Commands(TyperGroup):
         except KeyboardInterrupt:
             problem, code = "stopped by Ctrl-C", 130
         except (ValueError, OSError) as error:
-            if (problem := _in_words(error)) is None or ctx.params.get("debug"):
+            if (problem := error_in_words(error)) is None or ctx.params.get("debug"):
                 raise
             code = 2
         typer.echo(f"cxr-course: {problem}", err=True)
         raise typer.Exit(code)
 
-def _in_words(error: Exception) -> str | None:
+def error_in_words(error: Exception) -> str | None:
     "What to tell somebody at a terminal; None for an error that nobody foresaw."
     from cxr_course.core import CourseError
     if isinstance(error, CourseError):
@@ -60,7 +59,7 @@ app = typer.Typer(cls=_Commands, rich_markup_mode=None, no_args_is_help=True, pr
 def _program(
     debug: Annotated[bool, typer.Option("--debug", help="Show the whole traceback of an error.")] = False,
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True,
-                                          help="Show the version and stop.")] = False,
+        help="Show the version and stop.")] = False,
 ) -> None:
     """Chest X-rays and neural networks, from a terminal. For teaching and research; never for diagnosis.
 
@@ -78,25 +77,3 @@ def _program(
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")   # a console without a sign prints '?', and does not stop
-
-# %% ../../nbs/library/cli/app.ipynb #80c805cb
-def free_path(path: Path) -> Path:
-    "The path itself, or with the next free number behind it."
-    if not path.exists():
-        return path
-    return next(p for n in range(2, 10_000) if not (p := path.with_name(f"{path.name}-{n}")).exists())
-
-def refuse_existing(path: Path | None) -> None:
-    if path is not None and path.exists():
-        from cxr_course.core import CourseError
-        raise CourseError("it is there already and is never overwritten", path,
-                          f"name another one, {free_path(path)} for instance, or remove it yourself")
-
-def parse_size(text: str) -> tuple[int, int]:
-    "'128' or '129x180' (height x width) as (h, w)."
-    parts = text.lower().split("x")
-    if len(parts) > 2 or not all(p.isdecimal() and 8 <= int(p) <= 2048 for p in parts):
-        from cxr_course.core import CourseError
-        raise CourseError("not a size", text, "one number of pixels such as 128, or HEIGHTxWIDTH such as "
-                "129x180; 8 to 2048 each")
-    return int(parts[0]), int(parts[-1])

@@ -11,71 +11,18 @@ from typing import Annotated
 
 import typer
 
-from .app import app, parse_size, refuse_existing
+from .app import app
+from cxr_course.cli.options import (
+    Classes, Columns, Findings, Name, Seed, SkipBad, load_frame, parse_size, refuse_existing,
+)
 
 # %% auto #0
-__all__ = ['NAMES', 'Name', 'Data', 'Classes', 'Columns', 'Findings', 'SkipBad', 'Seed', 'Strangers', 'Resplit', 'data_app',
-           'UnknownChoice', 'data_list', 'data_show', 'data_check', 'data_explore', 'data_augment', 'data_decode',
-           'LayoutChoice', 'data_phantom']
+__all__ = ['data_app', 'data_list', 'data_show', 'data_check', 'data_explore', 'data_augment', 'data_decode', 'LayoutChoice',
+           'data_phantom']
 
-# %% ../../nbs/library/cli/data.ipynb #d6d875c1
-NAMES = "'sample', 'sample-nih', 'sample-covid', or a folder, .csv or .npz of your own."
-Name = Annotated[str, typer.Argument(metavar="NAME|FOLDER", help=NAMES)]
-Data = Annotated[str, typer.Option(metavar="NAME|FOLDER", help=f"Images to learn from: {NAMES}")]
-Classes = Annotated[int | None, typer.Option(min=2, max=3, help="2: healthy or pneumonia. 3: bacterial and "
-        "viral apart, where the files say.", show_default="as the data set has them")]
-Columns = Annotated[str | None, typer.Option(metavar="ITS=OURS,...", help="For a table: what its columns are "
-        "called here, for instance filename=path,dx=label.", show_default=False)]
-Findings = Annotated[str | None, typer.Option(metavar="all|A,B", help="Which findings to learn, where an "
-        "image can show several; for a table, the columns that hold them.", show_default="all")]
-SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Go on without files that cannot be read; they are "
-        "listed.")]
-Seed = Annotated[int, typer.Option(help="Random seed: same seed, same result.")]
-
-class UnknownChoice(str, Enum):
-    "What an image without a patient is taken for."
-    image, refuse = "image", "refuse"
-
-Strangers = Annotated[UnknownChoice,
-                      typer.Option(help="Images without a patient: take each examination or image "
-                                   "for a patient of its own, or refuse.")]
-Resplit = Annotated[bool, typer.Option("--resplit", help="Forget the data set's own train, val and test; cut "
-        "anew by patient.")]
-
+# %% ../../nbs/library/cli/data.ipynb #05580012
 data_app = typer.Typer(rich_markup_mode=None, no_args_is_help=True)
 app.add_typer(data_app, name="data", help="Look at data sets, check a folder, make simulated images.")
-
-# %% ../../nbs/library/cli/data.ipynb #5cd06034
-def load_frame(name: str, classes: int | None = None, columns: str | None = None, findings: str | None = None,
-          unknown: str = "image"):
-    "A frame; files that are no images are in it, without a size."
-    import warnings
-
-    from cxr_course.data.loading import load_dataset
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")                  # bad files are told by whoever asked for the frame
-        return load_dataset(name, classes=classes, columns=_pairs(columns), findings=_said(name, findings),
-                         unknown=unknown)
-
-def _pairs(text: str | None) -> dict[str, str] | None:
-    "'filename=path,dx=label' as a dict."
-    if text is None:
-        return None
-    pairs = [part.split("=") for part in text.split(",")]
-    if not all(len(pair) == 2 and all(pair) for pair in pairs):
-        from cxr_course.core import CourseError
-        raise CourseError("not a list of columns", text, "write ITS=OURS with commas between, for instance "
-                "filename=path,dx=label")
-    return {its.strip(): ours.strip() for its, ours in pairs}
-
-def _said(name: str, findings: str | None) -> list[str] | None:
-    "The findings that a plain table must be told; data sets of a known layout say themselves what they hold."
-    from cxr_course.data.layouts import detect_layout
-    from cxr_course.data.registry import REGISTRY
-    known = name in REGISTRY and not Path(name).exists()
-    if findings in (None, "all") or known or detect_layout(name) != "csv":
-        return None
-    return [finding.strip() for finding in findings.split(",")]
 
 # %% ../../nbs/library/cli/data.ipynb #446c1eb3
 @data_app.command("list")
@@ -100,7 +47,7 @@ def data_show(
     columns: Columns = None,
     findings: Findings = None,
     out: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Also save a sheet of images, some of "
-            "each class.")] = None,
+        "each class.")] = None,
 ) -> None:
     """Show what a data set holds: layout, images and patients by split and class, sizes.
 
@@ -146,9 +93,9 @@ def data_check(
     columns: Columns = None,
     findings: Findings = None,
     quick: Annotated[bool, typer.Option("--quick", help="Only what names and headers tell; no image is "
-            "decoded.")] = False,
+        "decoded.")] = False,
     beside: Annotated[str | None, typer.Option(metavar="NAME|FOLDER", help="Another data set: are its images "
-            "among these?", show_default=False)] = None,
+        "among these?", show_default=False)] = None,
 ) -> None:
     """Check a data set: unreadable files, empty splits, duplicates, patients on both sides. Exit code 1 if
     anything was found.
@@ -178,7 +125,7 @@ def data_explore(
     columns: Columns = None,
     findings: Findings = None,
     quick: Annotated[bool, typer.Option("--quick", help="Only what names, tables and headers tell; no image "
-            "is decoded.")] = False,
+        "is decoded.")] = False,
     skip_bad: SkipBad = False,
 ) -> None:
     """Write a page about a data set: counts, sizes, grey values, and what gives the class away without
@@ -190,8 +137,7 @@ def data_explore(
     """
     refuse_existing(out)
     from cxr_course.data.exploration_page import write_overview
-    page = write_overview(load_frame(name, classes, columns, findings), out, pixels=not quick,
-                                skip_bad=skip_bad)
+    page = write_overview(load_frame(name, classes, columns, findings), out, pixels=not quick, skip_bad=skip_bad)
     typer.echo(f"The page to read is {page}")
 
 # %% ../../nbs/library/cli/data.ipynb #ddaee3dc
@@ -231,28 +177,13 @@ def data_augment(
 @data_app.command("decode")
 def data_decode(
     name: Name,
-    size: Annotated[
-        str,
-        typer.Option(
-            metavar="PIXELS", help="Images are cropped and resized to this: 128, " "or HEIGHTxWIDTH."
-        ),
-    ] = "128",
+    size: Annotated[str, typer.Option(metavar="PIXELS", help="Images are cropped and resized to this: 128, "
+        "or HEIGHTxWIDTH.")] = "128",
     workers: Annotated[int, typer.Option(min=1, max=256, help="Processes; one needs no extra.")] = 1,
-    address: Annotated[
-        str | None,
-        typer.Option(
-            metavar="ADDRESS",
-            help="Of a running Ray cluster whose hosts " "see the same files, or 'auto'.",
-            show_default="this machine",
-        ),
-    ] = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FOLDER", help="Where the store goes.",
-            show_default="the cache, where 'train' looks for it",
-        ),
-    ] = None,
+    address: Annotated[str | None, typer.Option(metavar="ADDRESS", help="Of a running Ray cluster whose "
+        "hosts see the same files, or 'auto'.", show_default="this machine")] = None,
+    out: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Where the store goes.",
+        show_default="the cache, where 'train' looks for it")] = None,
     classes: Classes = None,
     columns: Columns = None,
     skip_bad: SkipBad = False,
@@ -267,14 +198,11 @@ def data_decode(
     frame, shape = load_frame(name, classes, columns), parse_size(size)
     if workers == 1 and address is None:
         from cxr_course.data.building import build_store
-        from cxr_course.scale.work import distributed_decode
         store = build_store(frame, shape, out, skip_bad)
     else:
+        from cxr_course.scale.work import distributed_decode
         store = distributed_decode(frame, shape, out, workers, address=address, skip_bad=skip_bad)
     typer.echo(f"{len(store):,} images are in {store.folder}")
-
-# %% ../../nbs/library/cli/data.ipynb #b3a28fd4
-#| exporti
 
 # %% ../../nbs/library/cli/data.ipynb #f50e9d8a
 class LayoutChoice(str, Enum):
@@ -285,7 +213,7 @@ class LayoutChoice(str, Enum):
 def data_phantom(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A folder that is not there yet.")],
     layout: Annotated[LayoutChoice,
-                      typer.Option(help="Which real data set to look like.")] = LayoutChoice.mendeley,
+        typer.Option(help="Which real data set to look like.")] = LayoutChoice.mendeley,
     patients: Annotated[int, typer.Option(min=4, help="How many patients; each has 1 to 4 images.")] = 100,
     pixels: Annotated[int, typer.Option(min=32, max=2048, help="Width of an image.")] = 256,
     seed: Annotated[int, typer.Option(help="Random seed: another seed is another population.")] = 0,

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from .app import app
+from .train import app          # the program, with the command that is launched
 
 # %% auto #0
 __all__ = ['launch_command', 'run_words']
@@ -18,28 +18,20 @@ __all__ = ['launch_command', 'run_words']
 @app.command("launch", short_help="Train on several processes or machines; survives the death of one.",
              context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
 def launch_command(
-    words: Annotated[
-        list[str],
-        typer.Argument(metavar="train ...", help="The training command with its " "options; it needs --out."),
-    ],
+    words: Annotated[list[str], typer.Argument(metavar="train ...", help="The training command with its "
+        "options; it needs --out.")],
     workers: Annotated[int, typer.Option(min=2, max=64, help="Processes that share each batch.")] = 2,
-    address: Annotated[
-        str | None,
-        typer.Option(
-            metavar="ADDRESS",
-            help="Of a running Ray cluster whose hosts " "see the same files, or 'auto'.",
-            show_default="this machine",
-        ),
-    ] = None,
+    address: Annotated[str | None, typer.Option(metavar="ADDRESS", help="Of a running Ray cluster whose "
+        "hosts see the same files, or 'auto'.", show_default="this machine")] = None,
     restarts: Annotated[int, typer.Option(min=0, help="How often to start again after a worker died.")] = 3,
 ) -> None:
     """Train on several processes or machines, and go on from the last epoch when one of them dies.
 
     The result is the run of one process. It needs Ray: pip install "cxr-course[scale]".
 
-    On this machine Ray listens on 127.0.0.1 only. While several processes train, TensorFlow opens one port each
-    that other machines can reach and that asks for no password: use it behind a firewall or in a network you
-    trust. With --address, --data and --out must be folders that all hosts see under the same name.
+    On this machine Ray listens on 127.0.0.1 only. While several processes train, TensorFlow opens one port
+    each that other machines can reach and that asks for no password: use it behind a firewall or in a network
+    you trust. With --address, --data and --out must be folders that all hosts see under the same name.
 
     \b
     Examples
@@ -50,7 +42,6 @@ def launch_command(
     from cxr_course.scale import engine
     if words[0] != "train":
         raise CourseError(f"{words[0]!r} cannot be launched", None, "only 'train' can")
-    pass   # with every family of commands
     # wrong options are told now
     typer.main.get_command(app).commands["train"].make_context("train", words[1:])
     engine.launch(words, workers, program=run_words, address=address, restarts=restarts, say=typer.echo)
@@ -59,5 +50,4 @@ def run_words(
     words: list[str], # what follows 'cxr-course' in a terminal
 ) -> None:
     "Run a command in a worker; a mistake is raised, for printed there nobody would read it."
-    pass   # with every family of commands
     app(["--debug", *words], standalone_mode=False)

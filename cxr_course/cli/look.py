@@ -11,9 +11,8 @@ from typing import Annotated
 
 import typer
 
-from .app import app, refuse_existing
-from .data import SkipBad
-from .train import Run
+from .app import app
+from .options import Run, SkipBad, refuse_existing
 
 # %% auto #0
 __all__ = ['MapChoice', 'explain_command', 'shift_command']
@@ -22,8 +21,8 @@ __all__ = ['MapChoice', 'explain_command', 'shift_command']
 class MapChoice(str, Enum):
     "How a heat map is made."
     cam, gradcam, gradcam_plus, hirescam = "cam", "gradcam", "gradcam++", "hirescam"
-    ablation, scorecam, alone = "ablation", "scorecam", "alone"
-    occlusion, integrated, slope = "occlusion", "integrated", "slope"
+    ablation, scorecam, channel = "ablation", "scorecam", "channel"
+    occlusion, integrated, saliency = "occlusion", "integrated", "saliency"
 
 # %% ../../nbs/library/cli/look.ipynb #87035d47
 @app.command("explain", short_help="Draw where a run looks on an image.")
@@ -34,9 +33,9 @@ def explain_command(
     out: Annotated[Path, typer.Option(metavar="FILE.png|FOLDER", help="Where to: a .png for one image, a "
             "folder for several; never overwritten.")],
     finding: Annotated[str | None, typer.Option(metavar="NAME", help="What to look for.",
-                                                show_default="the run's own answer, image by image")] = None,
+        show_default="the run's own answer, image by image")] = None,
     against: Annotated[str | None, typer.Option(metavar="NAME", help="Hold it against this class, NORMAL for "
-            "instance; for runs of three classes and more.", show_default=False)] = None,
+        "instance; for runs of three classes and more.", show_default=False)] = None,
     method: Annotated[MapChoice, typer.Option(help="Which kind of heat map.")] = MapChoice.gradcam,
 ) -> None:
     """Show where on an image a trained run finds its evidence. A heat map is not a diagnosis, and a bright
@@ -64,13 +63,13 @@ def explain_command(
     for r in save_overlays(progress(found, "explaining", len(paths)), out,
                                    method.value).to_dict("records"):
         empty = ", nothing on the image speaks for it" if r["empty"] else ""
-        typer.echo(f"{r['picture']}: {r['finding']}, score {r['probability']:.3f}{empty} -> {r['overlay']}")
+        typer.echo(f"{r['image']}: {r['finding']}, score {r['probability']:.3f}{empty} -> {r['overlay']}")
     typer.echo("Heat maps of a model made for teaching. None of them is a diagnosis.", err=True)
 
 # %% ../../nbs/library/cli/look.ipynb #ec467940
 def _warn_coarse(model, method: str) -> None:
     "Say when the last feature maps of a network are too coarse to point with."
-    if method in ("occlusion", "integrated", "slope"):
+    if method in ("occlusion", "integrated", "saliency"):
         return
     from cxr_course.models.cnn import feature_extractor
     rows, cols = feature_extractor(model).output_shape[1:3]
@@ -95,11 +94,11 @@ def shift_command(
     data: Annotated[str, typer.Option(metavar="FOLDER", help="Images that arrived: a data set of any layout, "
             "or any folder of images. Labels are not needed and not used.")],
     out: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Also save the verdict as a page, a plot "
-            "and tables; never overwritten.")] = None,
+        "and tables; never overwritten.")] = None,
     level: Annotated[float, typer.Option(min=.001, max=.5,
-                                         help="Share of false alarms to put up with.")] = .05,
+        help="Share of false alarms to put up with.")] = .05,
     limit: Annotated[int, typer.Option(min=10, help="Patients of each side that are compared, drawn at "
-            "random.")] = 500,
+        "random.")] = 500,
     skip_bad: SkipBad = False,
 ) -> None:
     """Compare new images with those a run was checked with, without any label. Exit code 0: no shift found;

@@ -11,9 +11,9 @@ from typing import Annotated
 
 import typer
 
-from .app import app, parse_size
-from cxr_course.cli.data import (
-    Classes, Columns, Data, Resplit, Seed, SkipBad, Strangers, UnknownChoice, load_frame,
+from .app import app
+from cxr_course.cli.options import (
+    Classes, Columns, Data, Resplit, Seed, SkipBad, Unknown, UnknownChoice, load_frame, parse_size,
 )
 from .train import announce_run
 
@@ -21,26 +21,27 @@ from .train import announce_run
 __all__ = ['experiments_command', 'record_command', 'MethodChoice', 'SpaceChoice', 'tune_command']
 
 # %% ../../nbs/library/cli/search.ipynb #d6f5ee78
-@app.command("experiments", short_help="Run system A's eight models, one change each.")
+@app.command("experiments", short_help="Train eight small networks that differ by one change each.")
 def experiments_command(
     data: Annotated[str, typer.Option(metavar="NAME|FOLDER", help="A data set with healthy, bacterial and "
-            "viral images.")] = "sample",
+        "viral images.")] = "sample",
     out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the runs go; what is finished there is "
-            "kept.")] = Path("runs/experiments"),
+        "kept.")] = Path("runs/experiments"),
     seeds: Annotated[int, typer.Option(min=1, help="Each model so many times, each time with another random "
-            "seed.")] = 3,
+        "seed.")] = 3,
     epochs: Annotated[int, typer.Option(min=1,
-                                        help="Passes over the training images, at most. System A: 80.")] = 15,
-    scale: Annotated[float, typer.Option(min=.2, max=2., help="Size of the images; 1 is system A's 129 x "
-            "180.")] = .5,
+        help="Passes over the training images, at most. As published: 80.")] = 15,
+    scale: Annotated[float, typer.Option(min=.2, max=2., help="Size of the images; 1 is 129 x "
+        "180.")] = .5,
     images: Annotated[int | None, typer.Option(min=1, help="Training images of each class; model A7 takes "
-            "twice as many.", show_default="half of what there is")] = None,
+        "twice as many.", show_default="half of what there is")] = None,
     only: Annotated[list[str] | None, typer.Option(metavar="NAME", help="Only this model; may be repeated.",
-                                                   show_default="all eight")] = None,
+        show_default="all eight")] = None,
     columns: Columns = None,
     skip_bad: SkipBad = False,
 ) -> None:
-    """Repeat system A's eight experiments and say which changes made a difference.
+    """Repeat eight published experiments (networks a1 to a8), each one change from the last, and say which
+    changes made a difference.
 
     \b
     Example
@@ -54,8 +55,7 @@ def experiments_command(
     start_tensorflow()
     most = int(frame.loc[frame["split"] == "train", "label"].value_counts().min())
     images = images or most // 2
-    chain = [e for e in system_a(images, min(2 * images, most), scale,
-                                     epochs) if not only or e.name in only]
+    chain = [e for e in system_a(images, min(2 * images, most), scale, epochs) if not only or e.name in only]
     _compare(run_experiments(chain, frame, out, range(seeds), skip_bad=skip_bad, say=typer.echo), out)
 
 # %% ../../nbs/library/cli/search.ipynb #17d4b862
@@ -64,8 +64,8 @@ def _compare(folder: Path, out: Path) -> None:
     from cxr_course.core import atomic
     from cxr_course.show import table
     from cxr_course.training.results import (
-    collect_runs, paired_differences, plot_differences, summarise_runs,
-)
+        collect_runs, paired_differences, plot_differences, summarise_runs,
+    )
     runs, gains = collect_runs(folder), paired_differences(folder)
     typer.echo(repr(table(summarise_runs(runs))))
     with atomic(out / "runs.csv") as part:
@@ -107,70 +107,37 @@ class MethodChoice(str, Enum):
 
 class SpaceChoice(str, Enum):
     "From how large a space to choose."
-    system_e, small = "system-e", "small"
+    large, small = "large", "small"
 
 @app.command("tune", short_help="Search for a better network within a budget.")
 def tune_command(
     data: Data = "sample",
-    method: Annotated[
-        MethodChoice,
-        typer.Option(
-            help="random: at random. hyperband: many for a short time, the "
-            "better ones longer. bayesian: where earlier trials promise most."
-        ),
-    ] = MethodChoice.bayesian,
-    trials: Annotated[
-        int,
-        typer.Option(
-            min=1, help="Networks to try; hyperband spends the same epochs on " "more and shorter trials."
-        ),
-    ] = 20,
-    epochs: Annotated[
-        int, typer.Option(min=1, help="Passes over the training images for one network, at " "most.")
-    ] = 9,
-    minutes: Annotated[
-        float | None,
-        typer.Option(
-            min=0.1, help="No trial starts after so long; earlier " "sittings count.", show_default="no limit"
-        ),
-    ] = None,
+    method: Annotated[MethodChoice, typer.Option(help="random: at random. hyperband: many for a short time, "
+        "the better ones longer. bayesian: where earlier trials promise most.")] = MethodChoice.bayesian,
+    trials: Annotated[int, typer.Option(min=1, help="Networks to try; hyperband spends the same epochs on "
+        "more and shorter trials.")] = 20,
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the training images for one network, at "
+        "most.")] = 9,
+    minutes: Annotated[float | None, typer.Option(min=0.1, help="No trial starts after so long; earlier "
+        "sittings count.", show_default="no limit")] = None,
     out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the search goes.")] = Path("runs/search"),
-    size: Annotated[
-        str,
-        typer.Option(
-            metavar="PIXELS",
-            help="Images are cropped and resized to this: 64, or " "HEIGHTxWIDTH. System E: 180.",
-        ),
-    ] = "64",
-    space: Annotated[
-        SpaceChoice,
-        typer.Option(help="system-e: 32 to 256 filters. small: a quarter of them, for a " "laptop."),
-    ] = SpaceChoice.system_e,
-    executions: Annotated[
-        int,
-        typer.Option(
-            min=1, help="Trainings of each network with different random " "seeds; their mean counts."
-        ),
-    ] = 1,
-    folds: Annotated[
-        int | None,
-        typer.Option(
-            min=2, help="Judge on so many folds by patient instead of on " "val.", show_default="val"
-        ),
-    ] = None,
+    size: Annotated[str, typer.Option(metavar="PIXELS", help="Images are cropped and resized to this: 64, or "
+        "HEIGHTxWIDTH. As published: 180.")] = "64",
+    space: Annotated[SpaceChoice, typer.Option(help="large: 32 to 256 filters, as published. small: a quarter "
+        "of them, for a laptop.")] = SpaceChoice.large,
+    executions: Annotated[int, typer.Option(min=1, help="Trainings of each network with different random "
+        "seeds; their mean counts.")] = 1,
+    folds: Annotated[int | None, typer.Option(min=2, help="Judge on so many folds by patient instead of on "
+        "val.", show_default="val")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Batch size: images a step.")] = 32,
     seed: Seed = 0,
     classes: Classes = None,
     columns: Columns = None,
     skip_bad: SkipBad = False,
-    unknown: Strangers = UnknownChoice.image,
+    unknown: Unknown = UnknownChoice.image,
     resplit: Resplit = False,
-    resume: Annotated[
-        bool,
-        typer.Option(
-            "--resume", help="Continue a search that was killed, or give it " "more trials or minutes."
-        ),
-    ] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue a search that was killed, or give it "
+        "more trials or minutes.")] = False,
 ) -> None:
     """Search for a better network, say what the search is worth, and train the winner.
 
@@ -197,8 +164,8 @@ def tune_command(
     options = dict(trials=trials, epochs=epochs, minutes=minutes, executions=executions, folds=folds,
                    seed=seed, batch=batch, resume=resume)
     try:
-        found = search(method.value, store, out,
-                              space=SMALL if space == SpaceChoice.small else SYSTEM_E, **options)
+        found = search(method.value, store, out, space=SMALL if space == SpaceChoice.small else SYSTEM_E,
+                       **options)
     except KeyboardInterrupt:
         typer.echo("\nstopped by Ctrl-C; finished trials are kept: add --resume to go on", err=True)
         raise typer.Exit(130) from None
@@ -226,7 +193,7 @@ def _tell_search(found, out: Path) -> None:
     plots = {"parallel": plot_parallel(found)}
     if (found[found["status"] == "done"]["asked"] == found["asked"].max()).sum() >= 3:
         shares = hyperparameter_importance(found)
-        caption = "share of the variation between trials; what is no longer than the die's says nothing"
+        caption = "share of the variation between trials; no more than the random numbers have says nothing"
         typer.echo("\n" + repr(table(shares, caption, digits=2)))
         plots["importance"] = plot_importance(shares)
     for name, plot in plots.items():
@@ -251,6 +218,5 @@ def _train_winner(store, out: Path, seed: int, epochs: int, batch: int) -> None:
         typer.echo(f"\n{run} is there already and stays as it is" + ("" if same else f"; {other}"))
         return
     made = train_job(store, run, model=won, name="tuned", lr=float(row["lr"]), epochs=epochs, batch=batch,
-                         patience=3, seed=seed,
-                         resume=can_resume(run), say=typer.echo)
+                     patience=3, seed=seed, resume=can_resume(run), say=typer.echo)
     announce_run(made, run)

@@ -12,14 +12,14 @@ from typing import Annotated
 
 import typer
 
-from .app import app, free_path, parse_size, refuse_existing
-from cxr_course.cli.data import (
-    Classes, Columns, Data, Findings, Resplit, Seed, SkipBad, Strangers, UnknownChoice, load_frame,
+from .app import app
+from cxr_course.cli.options import (
+    Classes, Columns, Data, Findings, Resplit, Run, Seed, SkipBad, Unknown, UnknownChoice, free_path,
+    load_frame, parse_size, refuse_existing,
 )
 
 # %% auto #0
-__all__ = ['Run', 'RecipeChoice', 'LossChoice', 'FallbackChoice', 'Duplicates', 'train_command', 'evaluate_command',
-           'predict_command']
+__all__ = ['RecipeChoice', 'LossChoice', 'FallbackChoice', 'Duplicates', 'train_command', 'evaluate_command', 'predict_command']
 
 # %% ../../nbs/library/cli/train.ipynb #a7a79b41
 class RecipeChoice(str, Enum):
@@ -37,8 +37,6 @@ class FallbackChoice(str, Enum):
 class Duplicates(str, Enum):
     "Which copies across splits are left out."
     exact, near = "exact", "near"
-
-Run = Annotated[Path, typer.Argument(metavar="RUN", help="A folder that 'cxr-course train' made.")]
 
 # %% ../../nbs/library/cli/train.ipynb #8030116e
 def _team():
@@ -61,95 +59,41 @@ def announce_run(run, out: Path) -> None:
 @app.command("train", short_help="Train a network on a data set, and report.")
 def train_command(
     data: Data = "sample",
-    model: Annotated[
-        str,
-        typer.Option(
-            metavar="NAME",
-            help="A network: mlp, mlp_d1, mlp_d2, mlp_cured "
-            "(dense); smallnet, cnn, wide, a1 to a8, separable (convolutional).",
-        ),
-    ] = "smallnet",
-    backbone: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME",
-            help="Instead of --model, a backbone for "
-            "transfer learning: vgg16, vgg19, resnet50, densenet121, efficientnetb0, mobilenetv2, compact.",
-            show_default=False,
-        ),
-    ] = None,
-    weights: Annotated[
-        str,
-        typer.Option(
-            metavar="FILE|NAME",
-            help="Pretrained weights of the backbone: "
-            "none, imagenet (downloads once), phantom (trained here, once), or a file of weights.",
-        ),
-    ] = "none",
-    fallback: Annotated[
-        FallbackChoice | None,
-        typer.Option(help="What to take if these weights cannot be had.", show_default="stop and say so"),
-    ] = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FOLDER", help="Where the run goes; never overwritten.", show_default="runs/DATA-MODEL"
-        ),
-    ] = None,
+    model: Annotated[str, typer.Option(metavar="NAME", help="A network: mlp, mlp_d1, mlp_d2, mlp_cured "
+        "(dense); smallnet, cnn, wide, a1 to a8, separable (convolutional).")] = "smallnet",
+    backbone: Annotated[str | None, typer.Option(metavar="NAME", help="Instead of --model, a backbone for "
+        "transfer learning: vgg16, vgg19, resnet50, densenet121, efficientnetb0, mobilenetv2, compact.",
+        show_default=False)] = None,
+    weights: Annotated[str, typer.Option(metavar="FILE|NAME", help="Pretrained weights of the backbone: "
+        "none, imagenet (downloads once), phantom (trained here, once), or a file of weights.")] = "none",
+    fallback: Annotated[FallbackChoice | None,
+        typer.Option(help="What to take if these weights cannot be had.",
+        show_default="stop and say so")] = None,
+    out: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Where the run goes; never overwritten.",
+        show_default="runs/DATA-MODEL")] = None,
     findings: Findings = None,
-    loss: Annotated[
-        LossChoice,
-        typer.Option(
-            help="plain: every mistake costs alike. weighted: rare findings and "
-            "classes cost more. focal: easy images cost less."
-        ),
-    ] = LossChoice.plain,
-    size: Annotated[
-        str,
-        typer.Option(
-            metavar="PIXELS", help="Images are cropped and resized to this: 128, " "or HEIGHTxWIDTH."
-        ),
-    ] = "128",
+    loss: Annotated[LossChoice, typer.Option(help="plain: every mistake costs alike. weighted: rare findings "
+        "and classes cost more. focal: easy images cost less.")] = LossChoice.plain,
+    size: Annotated[str, typer.Option(metavar="PIXELS", help="Images are cropped and resized to this: 128, "
+        "or HEIGHTxWIDTH.")] = "128",
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the training images, at most.")] = 20,
-    patience: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            help="Stop after so many epochs without a lower " "validation loss.",
-            show_default="the recipe's: 5, or 20",
-        ),
-    ] = None,
+    patience: Annotated[int | None, typer.Option(min=1, help="Stop after so many epochs without a lower "
+        "validation loss.", show_default="the recipe's: 5, or 20")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Batch size: images a step.")] = 32,
-    lr: Annotated[
-        float | None,
-        typer.Option(
-            min=1e-7, max=10.0, help="Learning rate at the start.",
-            show_default="the recipe's: 0.001, or 0.003",
-        ),
-    ] = None,
-    recipe: Annotated[
-        RecipeChoice,
-        typer.Option(
-            help="plain: images as they are. strong: augmentation, AdamW, "
-            "cosine schedule of the learning rate, label smoothing."
-        ),
-    ] = RecipeChoice.plain,
+    lr: Annotated[float | None, typer.Option(min=1e-7, max=10.0, help="Learning rate at the start.",
+        show_default="the recipe's: 0.001, or 0.003")] = None,
+    recipe: Annotated[RecipeChoice, typer.Option(help="plain: images as they are. strong: augmentation, "
+        "AdamW, cosine schedule of the learning rate, label smoothing.")] = RecipeChoice.plain,
     seed: Seed = 0,
     classes: Classes = None,
     columns: Columns = None,
     skip_bad: SkipBad = False,
-    unknown: Strangers = UnknownChoice.image,
+    unknown: Unknown = UnknownChoice.image,
     resplit: Resplit = False,
-    duplicates: Annotated[
-        Duplicates,
-        typer.Option(
-            help="Copies of test or validation images that are left "
-            "out. exact: the same file. near: also the same image saved again."
-        ),
-    ] = Duplicates.exact,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Continue a run that was killed; same options as " "then.")
-    ] = False,
+    duplicates: Annotated[Duplicates, typer.Option(help="Copies of test or validation images that are left "
+        "out. exact: the same file. near: also the same image saved again.")] = Duplicates.exact,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue a run that was killed; same options as "
+        "then.")] = False,
 ) -> None:
     """Train a network on a data set and report how good it is, with intervals.
 
@@ -176,8 +120,8 @@ def train_command(
     asked |= dict(epochs=epochs, patience=patience, batch=batch, lr=lr, seed=seed, resplit=resplit,
                   skip_bad=skip_bad, findings=findings)
     typer.echo(f"{data}:")
-    run = train_job(frame, out, shape=shape, duplicates=duplicates.value, resume=resume,
-                        strategy=strategy, say=typer.echo, **asked)
+    run = train_job(frame, out, shape=shape, duplicates=duplicates.value, resume=resume, strategy=strategy,
+                    say=typer.echo, **asked)
     announce_run(run, out)
 
 # %% ../../nbs/library/cli/train.ipynb #5846bff3
@@ -185,9 +129,9 @@ def train_command(
 def evaluate_command(
     run: Run,
     data: Annotated[str | None, typer.Option(metavar="NAME|FOLDER", help="Another data set with the same "
-            "classes or findings.", show_default="the run's own test images")] = None,
+        "classes or findings.", show_default="the run's own test images")] = None,
     out: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Where the report goes; never "
-            "overwritten.", show_default="RUN/report, or RUN/report-DATA")] = None,
+        "overwritten.", show_default="RUN/report, or RUN/report-DATA")] = None,
     columns: Columns = None,
     skip_bad: SkipBad = False,
 ) -> None:
@@ -225,7 +169,7 @@ def predict_command(
             "JPEG, TIFF, DICOM, NIfTI, of any size.")],
     csv: Annotated[Path | None, typer.Option(metavar="FILE.csv", help="Also write a table.")] = None,
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Files that cannot be read do not count as a "
-            "failure; they are listed all the same.")] = False,
+        "failure; they are listed all the same.")] = False,
 ) -> None:
     """Score image files with a trained run. A score is not a diagnosis.
 

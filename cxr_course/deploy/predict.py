@@ -35,7 +35,7 @@ def expand_paths(
             found = sorted(f for f in p.rglob("*") if f.name.lower().endswith(IMAGE_SUFFIXES)
                            and not f.name.startswith("."))
         else: found = sorted(glob.glob(str(p))) if not p.exists() and glob.has_magic(str(p)) else [p]
-        if not found: raise CourseError("no picture here", p, f"the course reads {', '.join(IMAGE_SUFFIXES)}")
+        if not found: raise CourseError("no image here", p, f"the course reads {', '.join(IMAGE_SUFFIXES)}")
         out += map(str, found)
     return out
 
@@ -47,18 +47,18 @@ def predict_files(
     batch: int = 64, # images at once
 ) -> pd.DataFrame: # a predictions frame of unknown truth, with `meta_answer` and `meta_unlike`
     "What the model makes of any image files."
-    files, rows, films, bad, p = expand_paths(paths), [], [], [], []
+    files, rows, images, bad, p = expand_paths(paths), [], [], [], []
     for i, path in enumerate(progress(files, "predicting"), 1):
         try:
-            film = read_image(path)
+            image = read_image(path)
         except CourseError as error:
             bad.append((path, error.what))
         else:
-            rows.append(dict(path=path, height=film.shape[0], width=film.shape[1]))
-            films.append(np.round(crop_resize(film, bundle.shape) * 255).astype(np.uint8))
-        if films and (len(films) == batch or i == len(files)):
-            p.append(_look(bundle, np.stack(films), rows[-len(films):]))
-            films = []
+            rows.append(dict(path=path, height=image.shape[0], width=image.shape[1]))
+            images.append(np.round(crop_resize(image, bundle.shape) * 255).astype(np.uint8))
+        if images and (len(images) == batch or i == len(files)):
+            p.append(_look(bundle, np.stack(images), rows[-len(images):]))
+            images = []
     if bad and not (skip_bad and p):
         listed = "".join(f"\n    {path}: {why}" for path, why in bad)
         raise CourseError(f"{len(bad)} of {len(files)} files cannot be read", listed,
@@ -66,9 +66,9 @@ def predict_files(
     return _answered(bundle, pd.DataFrame(rows).join(pd.concat(p, ignore_index=True)), bad)
 
 # %% ../../nbs/library/deploy/predict.ipynb #458a6e0e
-def _look(bundle: Bundle, films: np.ndarray, rows: list[dict]) -> pd.DataFrame:
+def _look(bundle: Bundle, images: np.ndarray, rows: list[dict]) -> pd.DataFrame:
     "Probabilities of a batch (n, h, w) uint8, and what is unusual about each image."
-    x = to_unit(films)
+    x = to_unit(images)
     out = pd.DataFrame(bundle(x), columns=[f"p_{c}" for c in bundle.classes])
     seen = bundle.card.get("seen")
     if not seen:
@@ -109,6 +109,7 @@ def _scored(row: Mapping, bundle: Bundle) -> str:
     if bundle.findings:
         return "scores above their thresholds: " + row["meta_answer"]
     if cut is None:
-        return f"highest score {row['p_' + row['meta_answer']]:.2f} for {row['meta_answer']} among {len(bundle.classes)} classes"
-    side = "at or above" if row["p_" + c] >= cut else "below"
-    return f"score {min(max(row['p_' + c], .001), .999):.3f} for {c}, {side} the threshold {cut:.3f} chosen on validation images"
+        best = row["meta_answer"]
+        return f"highest score {row[f'p_{best}']:.2f} for {best} among {len(bundle.classes)} classes"
+    side, score = "at or above" if row[f"p_{c}"] >= cut else "below", min(max(row[f"p_{c}"], .001), .999)
+    return f"score {score:.3f} for {c}, {side} the threshold {cut:.3f} chosen on validation images"

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import NamedTuple
 
 import keras
 import numpy as np
 
 from ..core import CourseError
+from .layers import LayerCall, built_model, copied_layer, unroll_layers
 from ..models.backbone_facts import SCALINGS
 from cxr_course.models.weights import (
     activation_of, check_classifier, image_size, load_any_model, load_weights_into, shape_text,
@@ -66,67 +66,10 @@ def _opened(model, weights):
                           "give a Keras model, or the path of a .keras or .h5 file")
     return model if weights is None else load_weights_into(model, weights)
 
-def _built(model, shape, channels):
-    "A model whose layers are known one by one."
-    if isinstance(model, keras.Sequential) and not model.built and shape and channels:
-        model.build((None, *shape, channels))
-    if isinstance(model, keras.Sequential) and not model.built:
-        raise CourseError("the model has never seen an image, so its shape is not known", model.name,
-                          "say shape=(h, w) and channels=1 or 3")
-    if not type(model).__module__.startswith("keras."):
-        raise CourseError("the model is a class of its own, whose layers cannot be listed in order",
-                          type(model).__name__,
-                          "rebuild it as a functional or Sequential model and load its weights")
-    return model
-
-# %% ../../nbs/library/deploy/wrap.ipynb #cf65c639
-class _Call(NamedTuple):
-    layer: object # a layer or an operation
-    args: tuple # what it was called with
-    output: object # the tensor that came out
-
-def _copied(layer, **changes):
-    "A new layer of the same kind with the same weights; it has to be called before the weights can be given."
-    return type(layer).from_config({**layer.get_config(), **changes})
-
-def _refuse_custom(layer) -> None:
-    if isinstance(layer, keras.layers.Lambda) or not type(layer).__module__.startswith("keras."):
-        raise CourseError("the model has a layer with code of its own, which does not travel in a file",
-                          f"{layer.name!r} ({type(layer).__name__})",
-                          "replace it by ordinary Keras layers with the same weights")
-    if getattr(layer, "data_format", None) == "channels_first":
-        raise CourseError("the model has channels first", layer.name,
-                          "build it with channels last, as TensorFlow runs it")
-
-def _unrolled(model, x, calls: list):
-    "Call all layers of a model on `x`, those of models inside it too; every call goes to the end of `calls`."
-    def call(layer, *args, **kwargs):
-        inner = isinstance(layer, (keras.Sequential, keras.Model))
-        if inner and len(args) == 1 and len(_built(layer, None, None).inputs) == len(layer.outputs) == 1:
-            return _unrolled(layer, args[0], calls)
-        _refuse_custom(layer)
-        taken = {c.layer.name for c in calls if c.layer is not layer}
-        if layer.name in taken:
-            return _renamed(layer, args, kwargs, calls)
-        calls.append(_Call(layer, args, layer(*args, **kwargs)))
-        return calls[-1].output
-    graph, before = keras.Model(model.inputs[0], model.outputs[0]), len(calls)
-    keras.models.clone_model(graph, input_tensors=x, clone_function=lambda layer: layer, call_function=call)
-    return calls[-1].output if len(calls) > before else x          # of one output, the last call made it
-
-def _renamed(layer, args, kwargs, calls: list):
-    "The call of a layer whose name another one has already."
-    names = {c.layer.name for c in calls}
-    name = next(n for i in range(2, 10_000) if (n := f"{layer.name}_{i}") not in names)
-    new = _copied(layer, name=name)
-    calls.append(_Call(new, args, new(*args, **kwargs)))
-    new.set_weights(layer.get_weights())
-    return calls[-1].output
-
 # %% ../../nbs/library/deploy/wrap.ipynb #460f4509
 _PASSES_ON = ("Flatten", "Reshape", "Dropout", "Identity")   # layers that leave the numbers as they are
 
-def _producer(calls: list, tensor) -> _Call:
+def _producer(calls: list, tensor) -> LayerCall:
     found = next((c for c in calls if c.output is tensor), None)
     if found is None:
         raise CourseError("the model has no layer", None, "give a network that computes something")
@@ -154,12 +97,12 @@ def _as_logits(calls: list, output):
 def _plain_activation(layer) -> bool:
     return isinstance(layer, keras.layers.Activation) and activation_of(layer) == "linear"
 
-def _without_activation(last: _Call):
+def _without_activation(last: LayerCall):
     if isinstance(last.layer, (keras.layers.Activation, keras.layers.Softmax)) or not isinstance(
         last.layer, keras.Layer
     ):
         return last.args[0]
-    new = _copied(last.layer, activation="linear", name="logits")
+    new = copied_layer(last.layer, activation="linear", name="logits")
     z = new(*last.args)
     new.set_weights(last.layer.get_weights())
     return z
@@ -185,14 +128,14 @@ def _log_odds(original, output):
 # %% ../../nbs/library/deploy/wrap.ipynb #95c35b8c
 _NO_MAPS = ("Pooling", "Dropout", "UpSampling", "ZeroPadding", "Cropping", "Reshape", "Permute")
 
-def _maps(calls: list) -> list[_Call]:
+def _maps(calls: list) -> list[LayerCall]:
     "The calls that gave feature maps, last first."
     def gives(c):
         s = getattr(c.output, "shape", ())
         return len(s) == 4 and (s[1] is None or s[1] * s[2] > 1)
     return [c for c in reversed(calls) if gives(c)]
 
-def _chosen(calls: list, layer: str | None) -> list[_Call]:
+def _chosen(calls: list, layer: str | None) -> list[LayerCall]:
     "The layers to try, best first."
     found = _maps(calls)
     if layer is None:
@@ -256,14 +199,14 @@ def wrap(
     shape: tuple[int, int] | None = None, # (h, w) of the images; default: as the model says
 ) -> keras.Model: # from (n, h, w, 1) in [0, 1] to logits (n, k), made of `features` and `head`
     "A network from elsewhere as one of the course's own; it shares its weights with the original."
-    original = _built(_opened(model, weights), shape, channels)
+    original = built_model(_opened(model, weights), shape, channels)
     check_classifier(original)
     wants = original.inputs[0].shape[-1]
     if channels is not None and channels != wants:
         raise CourseError(f"the model takes {wants} channels, not {channels}", original.name,
                           "leave channels out")
     image, calls = keras.Input((*image_size(original, shape), 1), name="image"), []
-    output = _unrolled(original, _prepared(image, wants, preprocessing), calls)
+    output = unroll_layers(original, _prepared(image, wants, preprocessing), calls)
     z = _logits(original, calls, output, logits)
     _refuse_labels(z.shape[-1], labels)
     features, head, at = _cut(image, calls, z, layer)

@@ -23,7 +23,7 @@ def activations_and_gradients(
     model, # a model that keeps the contract
     x: np.ndarray, # (n, h, w, 1) images
     target: Callable, # of logits, gives (n,)
-) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]: # the last maps A (n, h', w', f), the gradient of the target by A, the target (n,)
+) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]: # maps A (n, h', w', f), gradient of the target by A, target (n,)
     "Look once, decide once, and play the decision backwards, for a whole batch."
     a = feature_extractor(model)(x, training=False)
     with tf.GradientTape() as tape:
@@ -31,8 +31,8 @@ def activations_and_gradients(
         t = target(classifier_head(model)(a, training=False))
     g = tape.gradient(t, a)
     if g is None or t.shape != a.shape[:1]:
-        raise CourseError("a target gives one number a film, made from the logits",
-                          f"got shape {tuple(t.shape)} for {len(a)} films",
+        raise CourseError("a target gives one number an image, made from the logits",
+                          f"got shape {tuple(t.shape)} for {len(a)} images",
                           "for instance logit(1), or lambda z: z[:, 1] - z[:, 0]")
     return a, g, t
 
@@ -115,7 +115,7 @@ def channel_map(
     x: np.ndarray, # (n, h, w, 1)
     target: Callable, # of logits, gives (n,)
 ) -> tf.Tensor: # (n, h', w')
-    "System A's map: each channel goes through the head alone, and what comes out is its weight."
+    "Each channel goes through the head alone, and what comes out is its weight."
     a, decide = feature_extractor(model)(x, training=False), classifier_head(model)
     f = a.shape[-1]
     only = tf.map_fn(lambda k: target(decide(a * tf.one_hot(k, f), training=False)), tf.range(f),
@@ -176,6 +176,6 @@ def integrated_gradients(
     target: Callable, # of logits, gives (n,)
     steps: int = 32, # images between black and this one
 ) -> tf.Tensor: # (n, h, w) signed: adds up to the target's change from a black image to this one
-    "Integrated gradients: the slope, averaged on the way from a black image to this one, times the image."
+    "Integrated gradients: the gradient, averaged on the way from a black image to this one, times the image."
     x = tf.convert_to_tensor(x)
     return x[..., 0] * sum(saliency(model, x * ((i + .5) / steps), target) for i in range(steps)) / steps

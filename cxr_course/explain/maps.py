@@ -29,25 +29,25 @@ CAM_METHODS = {  # name: function of (model, images, target) that gives signed m
     "hirescam": hires_cam,
     "ablation": ablation_cam,
     "scorecam": score_cam,
-    "alone": channel_map,
+    "channel": channel_map,
     "occlusion": occlusion_map,
     "integrated": integrated_gradients,
-    "slope": saliency,
+    "saliency": saliency,
 }
 
 # %% ../../nbs/library/explain/maps.ipynb #12dcfbc2
 def model_input(
     model, # a Keras model that takes images (h, w, 1)
-    films: np.ndarray, # (n, h, w), (n, h, w, 1) or (h, w) in [0, 1], or uint8
+    images: np.ndarray, # (n, h, w), (n, h, w, 1) or (h, w) in [0, 1], or uint8
 ) -> np.ndarray: # (n, h, w, 1) float32
     "Images as the model takes them, or an error that says what does not fit."
-    x = np.asarray(films)
+    x = np.asarray(images)
     x = x.astype(np.float32) / 255 if x.dtype == np.uint8 else x.astype(np.float32)
     x = x[None, ..., None] if x.ndim == 2 else x[..., None] if x.ndim == 3 else x
     want = tuple(model.input_shape[1:])
     if x.ndim != 4 or any(w is not None and w != s for w, s in zip(want, x.shape[1:])):
         raise CourseError(f"the model takes images of {' x '.join(map(str, want))}, "
-                          f"and got an array of shape {np.shape(films)}", model.name,
+                          f"and got an array of shape {np.shape(images)}", model.name,
                           "give (n, h, w) at the model's size: " "`crop_resize` brings an image there")
     if not np.isfinite(x).all():
         raise CourseError("an image has values that are no numbers", None,
@@ -74,7 +74,7 @@ def asked_target(model, target, labels: Iterable[str] | None) -> Callable:
     return target_for(target, known, network_of(model).output_shape[-1])
 
 def _positive(raw, shape: tuple[int, int]) -> np.ndarray:
-    "What speaks for the target, at the image's size, each map with its largest value at 1; nothing stays nothing."
+    "What speaks for the target, at the image's size, with 1 as largest value; an empty map stays empty."
     large = tf.image.resize(tf.nn.relu(tf.cast(raw, tf.float32))[..., None], shape)[..., 0].numpy()
     top = large.max((1, 2), keepdims=True)
     return np.divide(large, top, out=np.zeros_like(large), where=top > 0)
@@ -82,10 +82,10 @@ def _positive(raw, shape: tuple[int, int]) -> np.ndarray:
 # %% ../../nbs/library/explain/maps.ipynb #cd39c7e1
 def explain(
     model, # a model that keeps the contract, a run, or a bundle
-    films: np.ndarray, # (n, h, w) or (h, w) in [0, 1], or uint8
+    images: np.ndarray, # (n, h, w) or (h, w) in [0, 1], or uint8
     # a class or a finding, or a function of logits (n, k) that gives (n,); default: the model's own answer
     target: str | Callable | None = None,
-    method: str | Callable = "gradcam", # a name in METHODS, or a function like those
+    method: str | Callable = "gradcam", # a name in `CAM_METHODS`, or a function like those
     batch: int = 32, # images at a time
     *,
     # names of the outputs in their order; default: as the run or the bundle says
@@ -96,7 +96,7 @@ def explain(
     if isinstance(method, str) and method not in CAM_METHODS:
         raise CourseError(f"there is no method {method!r}", None, f"choose one of {', '.join(CAM_METHODS)}")
     target, model = asked_target(model, target, labels), network_of(model)
-    x, explain = model_input(model, films), CAM_METHODS[method] if isinstance(method, str) else method
+    x, explain = model_input(model, images), CAM_METHODS[method] if isinstance(method, str) else method
     parts = [explain(model, x[i:i + batch], target, **options) for i in range(0, len(x), batch)]
     return np.concatenate([_positive(p, x.shape[1:3]) for p in parts])
 
@@ -109,21 +109,21 @@ def is_empty(
 
 # %% ../../nbs/library/explain/maps.ipynb #df00231a
 def overlay_map(
-    film: np.ndarray, # (h, w) in [0, 1]
+    image: np.ndarray, # (h, w) in [0, 1]
     heat: np.ndarray, # (h, w) in [0, 1]
     strength: float = .65, # how far the strongest place covers the image
     colours: str = "viridis", # a matplotlib map that colour-blind readers can read
 ) -> np.ndarray: # (h, w, 3) in [0, 1]
-    "An image in grey under colour that is the denser the stronger the map; where the map is zero the image is untouched."
+    "An image in grey under colour, the denser the stronger the map; untouched where the map is zero."
     import matplotlib
     cover = strength * heat[..., None]
-    return ((1 - cover) * film[..., None] + cover * matplotlib.colormaps[colours](heat)[..., :3]).astype(
+    return ((1 - cover) * image[..., None] + cover * matplotlib.colormaps[colours](heat)[..., :3]).astype(
         np.float32
     )
 
 # %% ../../nbs/library/explain/maps.ipynb #3aaf031a
 def show_explanations(
-    films: Iterable[np.ndarray], # (h, w) in [0, 1]
+    images: Iterable[np.ndarray], # (h, w) in [0, 1]
     heat: Iterable[np.ndarray | None], # (h, w) in [0, 1]; None: the bare image
     titles: Iterable[str] | None = None, # one line above each
     cols: int = 4, # images in a row
@@ -134,9 +134,9 @@ def show_explanations(
 ) -> ImageSheet: # shows itself
     "Overlays side by side with one scale; an empty map says so."
     import matplotlib.pyplot as plt
-    films, heat = list(films), list(heat)
+    images, heat = list(images), list(heat)
     drawn = [np.repeat(np.clip(f, 0, 1)[..., None], 3, -1) if m is None
-             else overlay_map(f, m, strength, colours) for f, m in zip(films, heat)]
+             else overlay_map(f, m, strength, colours) for f, m in zip(images, heat)]
     sheet = show_images(drawn, titles, cols, height, masks)
     for ax, m in zip(sheet.axes, heat):
         if m is not None and not m.any():

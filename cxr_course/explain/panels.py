@@ -31,7 +31,7 @@ __all__ = ['map_captions', 'explain_classes', 'explanation_panel', 'explain_file
 def map_captions(
     predictions: pd.DataFrame, # of one label an image, from `predict_split`; the truth may be missing
 ) -> list[str]: # one line an image
-    "System C's titles: prediction, its probability, and the truth."
+    "Titles: prediction, its probability, and the truth."
     said = predict_labels(predictions)
     p = [predictions[f"p_{c}"].iloc[i] for i, c in enumerate(said)]
     return [f"{s} {q:.2f}" + ("" if pd.isna(t) else f", truth {t}") for s, q,
@@ -40,37 +40,37 @@ def map_captions(
 # %% ../../nbs/library/explain/panels.ipynb #d915cfbb
 def explain_classes(
     model, # a model that keeps the contract
-    film: np.ndarray, # (h, w)
+    image: np.ndarray, # (h, w)
     labels: Iterable[str], # classes or findings, in the model's order
-    method: str | Callable = "alone", # as in `explain`; system A's own by default
+    method: str | Callable = "channel", # as in `explain`
 ) -> ImageSheet: # the image, then one map a class
-    "System A's figure: one map for each class over the same image."
+    "One map for each class over the same image."
     labels = list(labels)
-    heat = [explain(model, film, target_for(c, labels, model.output_shape[-1]), method)[0] for c in labels]
-    return show_explanations([film] * (len(labels) + 1), [None, *heat],
-                             ["film", *(f"for {c}" for c in labels)], len(labels) + 1)
+    heat = [explain(model, image, target_for(c, labels, model.output_shape[-1]), method)[0] for c in labels]
+    return show_explanations([image] * (len(labels) + 1), [None, *heat],
+                             ["image", *(f"for {c}" for c in labels)], len(labels) + 1)
 
 # %% ../../nbs/library/explain/panels.ipynb #90e1c8de
 def explanation_panel(
     model, # a model of several findings
-    films: np.ndarray, # (n, h, w)
+    images: np.ndarray, # (n, h, w)
     predictions: pd.DataFrame, # of all images that judge, with truth and p_<finding>
     k: int = 4, # how many findings
     method: str | Callable = "gradcam", # as in `explain`
     # which rows of `predictions` the images are, for titles with probability and truth
     rows: Iterable[int] | None = None,
 ) -> ImageSheet: # one row an image: the image, then the findings with the highest AUC
-    "System B's panel."
+    "A panel of the findings that the model tells best."
     names = Task.of(predictions).names
     aucs = pd.Series({c: auc(*q) for c,
                       q in binary_tasks(predictions).items()}).dropna().sort_values(ascending=False).head(k)
-    heat = {c: explain(model, films, class_logit(names.index(c)), method) for c in aucs.index}
+    heat = {c: explain(model, images, class_logit(names.index(c)), method) for c in aucs.index}
     drawn, titles = [], []
-    for i in range(len(films)):
+    for i in range(len(images)):
         row = None if rows is None else predictions.iloc[list(rows)[i]]
         drawn += [None, *(heat[c][i] for c in aucs.index)]
         titles += [
-            f"film {i + 1}",
+            f"image {i + 1}",
             *(
                 c
                 + (" (present)" if row is not None and row[c] == 1 else "")
@@ -79,7 +79,7 @@ def explanation_panel(
                 for c in aucs.index
             ),
         ]
-    return show_explanations([f for f in films for _ in range(len(aucs) + 1)], drawn, titles, len(aucs) + 1,
+    return show_explanations([f for f in images for _ in range(len(aucs) + 1)], drawn, titles, len(aucs) + 1,
                              height=1.5)
 
 # %% ../../nbs/library/explain/panels.ipynb #22351449
@@ -88,11 +88,11 @@ def explain_files(
     labels: Iterable[str], # classes or findings, in the model's order
     paths: Iterable[str | Path], # image files
     finding: str | None = None, # a class or a finding; default: the model's own answer, file by file
-    method: str = "gradcam", # a name in METHODS
+    method: str = "gradcam", # a name in `CAM_METHODS`
     against: str | None = None, # hold it against this class
     findings: bool = False, # whether the labels are findings, each with a probability of its own
     batch: int = 8, # files at a time
-) -> Iterator[dict]: # path, image (h, w) as the network saw it but at full size, heat (h, w), finding, probability
+) -> Iterator[dict]: # path, image and heat (h, w) at full size, finding, probability
     "Where a model looks on any image files, one after the other."
     labels, paths = list(labels), list(paths)
     shape, outputs = model.input_shape[1:3], model.output_shape[-1]
@@ -108,8 +108,8 @@ def explain_files(
             of = [j for j, a in enumerate(asked) if a == name]
             heat[of] = explain(model, x[of], target_for(name, labels, outputs, against if against != name
                                                         else None), method, batch)
-        for path, film, h, name, q in zip(paths[i:i + batch], whole, heat, asked, p):
-            yield dict(path=str(path), film=film, heat=resize(h, film.shape), finding=name,
+        for path, image, h, name, q in zip(paths[i:i + batch], whole, heat, asked, p):
+            yield dict(path=str(path), image=image, heat=resize(h, image.shape), finding=name,
                        probability=float(q[labels.index(name)]))
 
 # %% ../../nbs/library/explain/panels.ipynb #10ea0b4e
@@ -119,12 +119,12 @@ def save_overlay(
     method: str = "gradcam", # for the title
 ) -> Path: # the file
     "The image and its overlay side by side, as a PNG with a scale and a title."
-    film, heat = (resize(a, tuple(max(1, round(n * min(1, 900 / max(a.shape)))) for n in a.shape))
-                  for a in (found["film"], found["heat"]))
+    image, heat = (resize(a, tuple(max(1, round(n * min(1, 900 / max(a.shape)))) for n in a.shape))
+                  for a in (found["image"], found["heat"]))
     said = f"{found['finding']}, score {found['probability']:.2f}" + (
         ": nothing speaks for it" if not heat.any() else ""
     )
-    sheet = show_explanations([film, film], [None, np.clip(heat, 0, 1)],
+    sheet = show_explanations([image, image], [None, np.clip(heat, 0, 1)],
                               [Path(found["path"]).name, f"{said} ({method})"], cols=2, height=4)
     with atomic(out, overwrite=False) as part: sheet.savefig(part, dpi=120, format="png")
     return Path(out)
@@ -137,16 +137,16 @@ def save_overlays(
 ) -> pd.DataFrame: # image, overlay, finding, probability, empty; a folder gets it as overlays.csv
     "An overlay for each image, and a table of them."
     rows, taken, out = [], set(), Path(out)
-    row = lambda e, file: dict(picture=e["path"], overlay=str(file), finding=e["finding"],
+    row = lambda e, file: dict(image=e["path"], overlay=str(file), finding=e["finding"],
                                probability=e["probability"], empty=not e["heat"].any())
     if out.suffix.lower() == ".png":
         e, *more = found
-        if more: raise CourseError(f"{1 + len(more)} pictures do not fit into one file", out, "name a folder")
+        if more: raise CourseError(f"{1 + len(more)} images do not fit into one file", out, "name a folder")
         return pd.DataFrame([row(e, save_overlay(e, out, method))])
     with atomic(out, overwrite=False) as part:
         part.mkdir()
         for e in found:
-            stem = Path(e["path"]).name.split(".")[0] or "film"
+            stem = Path(e["path"]).name.split(".")[0] or "image"
             # two folders may hold images of one name
             name = next(n for i in itertools.count(1) if (n := stem if i == 1
                                                           else f"{stem}-{i}") not in taken)

@@ -24,7 +24,7 @@ __all__ = ['guided_relu', 'guided_backpropagation', 'cascading_randomization', '
 # %% ../../nbs/library/explain/sanity.ipynb #1ae016dc
 @tf.custom_gradient
 def guided_relu(x):
-    "A ReLU that on the way back lets only positive slopes through."
+    "A ReLU that on the way back lets only positive gradients through."
     return tf.nn.relu(x), lambda up: tf.where((x > 0) & (up > 0), up, tf.zeros_like(up))
 
 # %% ../../nbs/library/explain/sanity.ipynb #2ce26398
@@ -62,14 +62,14 @@ def guided_backpropagation(
     x: np.ndarray, # (n, h, w, 1)
     target: Callable, # of logits, gives (n,)
 ) -> tf.Tensor: # (n, h, w)
-    "Guided backpropagation: the slope, with negative slopes cut off at every ReLU."
+    "Guided backpropagation: the gradient, with negative values cut off at every ReLU."
     return saliency(_clone(model, _guided), x, target)
 
 # %% ../../nbs/library/explain/sanity.ipynb #ccdf6f05
 def cascading_randomization(
     model, # a model that keeps the contract; left as it is
     seed: int = 0, # of the shuffling
-) -> Iterator[tuple[str, keras.Model]]: # name of the layer shuffled last, and the model so far (the same object each time)
+) -> Iterator[tuple[str, keras.Model]]: # the layer shuffled last, and the model so far (one object)
     "Forget layer by layer, from the logits down: each layer keeps its numbers, and loses their places."
     twin = _clone(model, _same)
     flat = lambda part: [x for layer in part.layers for x in (flat(layer) if isinstance(layer, keras.Model)
@@ -98,16 +98,16 @@ def rank_agreement(
 # %% ../../nbs/library/explain/sanity.ipynb #79563fa6
 def sanity_check(
     model, # a trained model, a run, or a bundle
-    films: np.ndarray, # (n, h, w)
+    images: np.ndarray, # (n, h, w)
     target: str | Callable, # a class or a finding, or a function of logits that gives (n,)
     methods: Mapping[str, str | Callable], # name: what `explain` takes as method
     seed: int = 0, # of the shuffling
-) -> pd.DataFrame: # index the layers from the logits down; a column a method: mean agreement with the map of the intact model
-    "How much of each map survives when the model forgets, layer by layer."
+) -> pd.DataFrame: # a row a layer from the logits down, a column a method: mean agreement
+    "How well each map agrees with that of the intact model when the model forgets, layer by layer."
     target, model = asked_target(model, target, None), network_of(model)
-    intact = {name: explain(model, films, target, m) for name, m in methods.items()}
+    intact = {name: explain(model, images, target, m) for name, m in methods.items()}
     rows = {"none": dict.fromkeys(methods, 1.)}
     for layer, twin in cascading_randomization(model, seed):
-        rows[layer] = {name: float(rank_agreement(intact[name], explain(twin, films, target, m)).mean())
+        rows[layer] = {name: float(rank_agreement(intact[name], explain(twin, images, target, m)).mean())
                        for name, m in methods.items()}
     return pd.DataFrame(rows).T.rename_axis(index="forgotten down to")

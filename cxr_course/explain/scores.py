@@ -41,15 +41,15 @@ def energy_inside(
 
 # %% ../../nbs/library/explain/scores.ipynb #e4436ca2
 def baseline_maps(
-    films: np.ndarray, # (n, h, w) in [0, 1]
+    images: np.ndarray, # (n, h, w) in [0, 1]
     seed: int = 0, # of the random map
 ) -> dict[str, np.ndarray]: # random, centre, edges: (n, h, w) maps
     "Three maps that have not seen any network: the bar every method has to clear."
-    n, h, w = films.shape
+    n, h, w = images.shape
     noise = np.stack([rng(seed, "gradcam.controls", i).random((h, w), dtype=np.float32) for i in range(n)])
     y, x = np.ogrid[-1:1:h * 1j, -1:1:w * 1j]
     edges = np.stack([ndimage.gaussian_filter(ndimage.gaussian_gradient_magnitude(f, 1), h / 64)
-                      for f in films])
+                      for f in images])
     return {"random": noise / noise.max((1, 2), keepdims=True),
             "centre": np.repeat(np.exp(-2 * (x**2 + y**2))[None].astype(np.float32), n, 0),
             "edges": edges / edges.max((1, 2), keepdims=True)}
@@ -86,7 +86,7 @@ def plot_map_scores(
                        f"{what}_high"]].set_axis(["value", "low", "high"], axis=1).assign(note="")
         plot_forest(rows, {"pointing": "strongest place inside the finding",
                            "energy": "share of the map inside the finding"}[what], ax, area)
-        ax.set(xlim=(-.02, 1.02), xlabel="share of films" if what == "pointing" else "mean share")
+        ax.set(xlim=(-.02, 1.02), xlabel="share of images" if what == "pointing" else "mean share")
     plt.close(fig)
     return fig
 
@@ -112,7 +112,7 @@ def box_masks(
 # %% ../../nbs/library/explain/scores.ipynb #bd600981
 def deletion_insertion(
     model, # a model that gives logits, a run, or a bundle
-    films: np.ndarray, # (n, h, w) in [0, 1]
+    images: np.ndarray, # (n, h, w) in [0, 1]
     heat: np.ndarray, # (n, h, w) maps: which pixels go first
     # a class or a finding, or a function of logits, gives (n,); usually `class_probability(...)`
     target: str | Callable,
@@ -120,18 +120,21 @@ def deletion_insertion(
     instead: np.ndarray | None = None,
     steps: int = 16, # equal portions of the pixels
     batch: int = 64, # images at a time
-) -> tuple[np.ndarray, np.ndarray]: # deletion and insertion, each (n, steps + 1): the target after each portion
-    "Take the most important pixels away first and watch the target fall; bring them back first and watch it rise."
+) -> tuple[np.ndarray, np.ndarray]: # deletion and insertion (n, steps + 1): the target after each
+    "Take the most important pixels away first and watch the target fall; bring them back: it rises."
     target, model = asked_target(model, target, None), network_of(model)
-    sharp = model_input(model, films)
-    gone = np.stack([ndimage.gaussian_filter(f[..., 0], f.shape[0] / 8)[..., None]
-                     for f in sharp]) if instead is None else np.broadcast_to(instead, films.shape)[..., None]
+    sharp = model_input(model, images)
+    gone = (
+        np.stack([ndimage.gaussian_filter(f[..., 0], f.shape[0] / 8)[..., None] for f in sharp])
+        if instead is None
+        else np.broadcast_to(instead, images.shape)[..., None]
+    )
     ties = np.stack([rng(i, "gradcam.curves").random(h.shape) for i, h in enumerate(heat)])
     order = np.lexsort((ties.reshape(len(ties), -1), -heat.reshape(len(heat), -1)), axis=1)
     place = np.argsort(order, axis=1).reshape(*heat.shape, 1) / order.shape[1]          # 0: most important
     def after(first, then, share):
         return np.concatenate([target(model(np.where(place[i : i + batch] < share, then[i : i + batch],
                                                      first[i : i + batch]), training=False)).numpy()
-                               for i in range(0, len(films), batch)])
+                               for i in range(0, len(images), batch)])
     shares = np.linspace(0, 1, steps + 1)
     return tuple(np.stack([after(a, b, s) for s in shares], 1) for a, b in ((sharp, gone), (gone, sharp)))

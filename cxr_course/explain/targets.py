@@ -48,7 +48,7 @@ def class_probability(
 def predicted_class(
     z, # (n, k) logits
 ): # (n,) the logit of what the model says itself
-    "The model's own answer, image by image: the largest logit, or a single one in the direction it points to."
+    "The model's own answer, image by image: the largest logit, or the size of a single one."
     return tf.abs(z[:, 0]) if z.shape[-1] == 1 else tf.reduce_max(z, axis=-1)
 
 # %% ../../nbs/library/explain/targets.ipynb #133cfec4

@@ -46,7 +46,7 @@ def _classifier():
 def novelty_score(
     old: Embedding, # what is known
     new: Embedding, # what arrived
-) -> np.ndarray: # (m,) how far each new image is from its five nearest old ones, in typical distances between neighbours of the old
+) -> np.ndarray: # (m,) 1: as far from its five nearest as old images usually are
     "How unlike anything known each new image is."
     mean, spread = old.features.mean(axis=0), old.features.std(axis=0)
     a, b = ((v.features - mean) / np.where(spread > 1e-9, spread, 1) for v in (old, new))

@@ -31,7 +31,7 @@ def metrics_per_split(
     sets: Mapping[str, pd.DataFrame], # name of a set -> its predictions
     threshold: float = .5, # yes from here upwards
 ) -> pd.DataFrame: # one row a set and question: set, of, tp, fp, tn, fn, accuracy, precision, recall, auc
-    "The eight figures of every set, computed from nothing but its own images."
+    "The eight metrics of every set, computed from nothing but its own images."
     return pd.DataFrame([dict(set=name, of=of, **binary_metrics(y, s, threshold)) for name, p in sets.items() for of,
                          (y, s) in binary_tasks(p).items()])
 
@@ -44,7 +44,7 @@ def shortcut_trial(
     seeds: Iterable[int] = (0, 1), # each trains a network of its own
     spec: str | CNNSpec = "separable", # the network
     **options, # for `fit`
-) -> pd.DataFrame: # one row an image, place and seed: arm, seed, place, path, key (of the patient), truth, score, cut
+) -> pd.DataFrame: # a row an image, place, seed: arm, seed, place, path, key, truth, score, cut
     "Train in one place, read in many."
     task, parts = Task.of(store.frame), []
     if task.findings:

@@ -35,7 +35,7 @@ def _units(old: Iterable, new: Iterable) -> tuple[np.ndarray, int, int]:
     return mean / mean.sum(axis=1, keepdims=True), n, len(who) - n
 
 def _shuffles(n: int, m: int, times: int, seed: int) -> np.ndarray:
-    "Weights (n + m, 1 + times) that subtract the mean of the new from the mean of the old: first with the true names, then shuffled."
+    "Weights (n + m, 1 + times) for mean of old minus mean of new: first with the true names, then shuffled."
     rank = np.argsort(rng(seed, "shift.shuffles", n, m).random((n + m, times + 1)), axis=0).argsort(axis=0)
     rank[:, 0] = np.arange(n + m)
     return np.where(rank < n, 1 / n, -1 / m)
@@ -71,7 +71,7 @@ def ks_test(
     times: int = 999, # shuffles
     seed: int = 0, # same seed, same shuffles
 ) -> TwoSampleTest: # value between 0 and 1; p by shuffling patients
-    "Kolmogorov and Smirnov: the widest gap between two cumulative curves, the widest of all columns, each patient counted once."
+    "Kolmogorov-Smirnov: the widest gap of two cumulative curves in any column, each patient counted once."
     (mean, n, m), p = _units(old_keys, new_keys), np.vstack([old, new])
     # (patients, marks)
     below = np.hstack([mean @ (column[:, None] <= np.unique(np.quantile(column, np.linspace(0, 1, 201))))
