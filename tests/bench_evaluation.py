@@ -11,7 +11,7 @@ import numpy as np
 from sklearn.metrics import roc_auc_score
 
 from cxr_course.core import rng
-from cxr_course.stats.bootstrap import resample, resampled_auc
+from cxr_course.stats.bootstrap import bootstrap_counts, bootstrap_auc
 
 
 def bench(
@@ -24,8 +24,8 @@ def bench(
     truth = (g.random((findings, images)) < rate[:, None]).astype(float)
     score = g.normal(size=(findings, images)) + truth
     start = time.perf_counter()
-    codes, counts = resample(keys, times)
-    ours = np.stack([resampled_auc(y, s, codes, counts) for y, s in zip(truth, score)])
+    codes, counts = bootstrap_counts(keys, times)
+    ours = np.stack([bootstrap_auc(y, s, codes, counts) for y, s in zip(truth, score)])
     vectorised = time.perf_counter() - start
     start = time.perf_counter()
     rows = [np.flatnonzero(codes == c) for c in range(len(counts))]

@@ -6,10 +6,10 @@ from PIL import Image
 
 from cxr_course.core import CourseError, rng
 from cxr_course.data.building import build_store
-from cxr_course.data.loading import load
+from cxr_course.data.loading import load_dataset
 from cxr_course.data.splits import hold_out
-from cxr_course.evaluation.predictions import questions
-from cxr_course.evaluation.report import report
+from cxr_course.evaluation.predictions import binary_tasks
+from cxr_course.evaluation.report import evaluation_report
 from cxr_course.frame import make_frame, regroup
 from cxr_course.models import baseline as baseline_module
 from cxr_course.models.baseline import Baseline, ClassicalModel, classical_baseline, fit_classical
@@ -102,9 +102,9 @@ def test_nothing_to_learn_is_found_to_be_nothing():
 def test_the_machine_learns_and_its_probabilities_add_up(store, kind):
     reader = fit_classical(store, kind)
     read = reader.predict(store, "test")
-    y, p = questions(read)["PNEUMONIA"]
+    y, p = binary_tasks(read)["PNEUMONIA"]
     assert auc(y, p) > .95 and 0 < reader.threshold < 1 and len(read) == len(store.rows("test"))
-    report(read, reader.threshold)
+    evaluation_report(read, reader.threshold)
     everything = reader.predict(store)
     assert np.allclose(everything.loc[everything["split"] == "test", "p_PNEUMONIA"], p)
 
@@ -192,7 +192,7 @@ def test_medmnist_file(tmp_path):
         ).astype(np.uint8)
         arrays[f"{split}_labels"] = y[:, None].astype(np.uint8)
     np.savez(tmp_path / "pneumoniamnist.npz", **arrays)
-    films = load(tmp_path / "pneumoniamnist.npz", unknown="image")
+    films = load_dataset(tmp_path / "pneumoniamnist.npz", unknown="image")
     store = build_store(films, (28, 28))
     with pytest.raises(CourseError, match="have no patient"):
         classical_baseline(store.using(regroup(store.frame)))
@@ -202,13 +202,13 @@ def test_medmnist_file(tmp_path):
 def test_real_pneumoniamnist(real_data):
     file = real_data / "pneumoniamnist_standin.npz"
     if not file.exists(): pytest.skip(f"no {file.name} in {real_data}")
-    store = build_store(load(file, sizes=False, unknown="image"), (28, 28))
+    store = build_store(load_dataset(file, sizes=False, unknown="image"), (28, 28))
     assert classical_baseline(store, "logistic", n_folds=2).value > .97
 
 
 def test_real_films(real_data):
     folder = real_data / "kaggle" / "chest_xray"
     if not folder.exists(): pytest.skip(f"no kaggle/chest_xray in {real_data}")
-    films = hold_out(load(folder, sizes=False, unknown="image"), .2)
+    films = hold_out(load_dataset(folder, sizes=False, unknown="image"), .2)
     some = films.groupby(["split", "label"], observed=True).head(120)
     assert classical_baseline(build_store(some, (64, 64)), n_folds=3).value > .9

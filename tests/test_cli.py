@@ -468,12 +468,12 @@ def test_findings_are_chosen_by_name(place):
 
 
 def test_real_kaggle_folder_is_arranged_by_patient(real_data):
-    from cxr_course.data.loading import load
+    from cxr_course.data.loading import load_dataset
     from cxr_course.data.splits import leakage
     from cxr_course.training.preparing import arrange
     folder = real_data / "kaggle" / "chest_xray"
     if not folder.is_dir(): pytest.skip(f"no Kaggle set at {folder}")
-    frame, said = arrange(load(folder, unknown="image"))
+    frame, said = arrange(load_dataset(folder, unknown="image"))
     assert any("only 16 images" in s for s in said) and any("no patient" in s for s in said)
     parts = dict(tuple(frame.groupby("split")))
     assert len(parts["test"]) == 601 and .13 < len(parts["val"]) / (len(frame) - 601) < .17
@@ -481,12 +481,12 @@ def test_real_kaggle_folder_is_arranged_by_patient(real_data):
 
 
 def test_real_nih_lists_share_patients(real_data):
-    from cxr_course.data.loading import load
+    from cxr_course.data.loading import load_dataset
     from cxr_course.frame import Task
     from cxr_course.training.preparing import arrange
     folder = real_data / "nih"
     if not folder.is_dir(): pytest.skip(f"no NIH images at {folder}")
-    frame, said = arrange(load(folder, unknown="image"))
+    frame, said = arrange(load_dataset(folder, unknown="image"))
     assert len(Task.of(frame).names) == 14 and "15 patients are in both lists" in said[0]
     sides = [set(f["patient"]) for _, f in frame.groupby("split")]
     assert len(sides) == 3 and not any(a & b for i, a in enumerate(sides) for b in sides[:i])
@@ -497,8 +497,8 @@ def test_a_table_of_ones_own_says_what_is_what(place):
     "Columns and findings are said at the terminal; other columns are information and no targets."
     import pandas as pd
 
-    from cxr_course.data.loading import load
-    films = load(place / "films")
+    from cxr_course.data.loading import load_dataset
+    films = load_dataset(place / "films")
     rows = films[["path", "patient", "split",
                   "label"]].assign(path=[str(Path(place, p).resolve()) for p in films["path"]], smoker=1,
                                    weight=70)

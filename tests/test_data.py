@@ -17,12 +17,12 @@ from PIL import Image
 
 from cxr_course.core import CourseError
 from cxr_course.data import layouts
-from cxr_course.data.checks import check
+from cxr_course.data.checks import check_dataset
 from cxr_course.data.download import fetch, unpack
-from cxr_course.data.duplicates import near_pairs, seen_as, thumbnail
-from cxr_course.data.layouts import layout, parse_name
-from cxr_course.data.loading import boxes, load, relabelled
-from cxr_course.data.registry import CHESTMNIST, DataSet, REGISTRY, registry
+from cxr_course.data.duplicates import near_duplicates, perceptual_hash, thumbnail
+from cxr_course.data.layouts import detect_layout, parse_file_name
+from cxr_course.data.loading import read_boxes, load_dataset, read_relabelled
+from cxr_course.data.registry import CHESTMNIST, DatasetFacts, REGISTRY, registry
 from cxr_course.frame import Task, make_frame
 from cxr_course.phantom.files import write_dataset
 from cxr_course.phantom.findings import FINDINGS
@@ -64,7 +64,7 @@ def folders(root, film, *names):
     ("person_virus_.jpeg", "train", None, None, None), ("8270_015.png", None, None, None, None), ("", None, None, None, None), ("C:\\films\\00008270_015.png", None, "00008270", None, None),
 ])
 def test_names(name, split, patient, study, cause):
-    said = parse_name(name, split)
+    said = parse_file_name(name, split)
     if name.startswith("BACTERIA"): cause = "bacteria"
     assert (said["patient"], said["study"], said["cause"]) == (patient, study, cause)
 
@@ -79,28 +79,28 @@ def test_zip_with_ghosts_and_a_second_copy(kaggle, tmp_path):
             z.write(p, Path("chest_xray/chest_xray") / inside)
             z.writestr(str(Path("__MACOSX/chest_xray") / inside.with_name("._" + inside.name)), b"\0\5\x16\7")
         z.writestr("chest_xray/.DS_Store", b"x")
-    assert layout(tmp_path / "archive.zip") == "kaggle"
-    assert len(load(tmp_path / "archive.zip")) == len(load(kaggle)) == len(list(kaggle.rglob("*.jpeg")))
+    assert detect_layout(tmp_path / "archive.zip") == "kaggle"
+    assert len(load_dataset(tmp_path / "archive.zip")) == len(load_dataset(kaggle)) == len(list(kaggle.rglob("*.jpeg")))
 
 
 def test_tar_gz_is_loaded_too(kaggle, tmp_path):
     with tarfile.open(tmp_path / "set.tar.gz", "w:gz") as t: t.add(kaggle, "chest_xray")
-    assert len(load(tmp_path / "set.tar.gz")) == len(load(kaggle))
+    assert len(load_dataset(tmp_path / "set.tar.gz")) == len(load_dataset(kaggle))
 
 
 def test_classes(kaggle):
-    two, three = load(kaggle, classes=2), load(kaggle, classes=3)
+    two, three = load_dataset(kaggle, classes=2), load_dataset(kaggle, classes=3)
     assert list(Task.of(two).names) == ["NORMAL", "PNEUMONIA"] and list(Task.of(three).names) == [
         "NORMAL", "BACTERIA", "VIRUS",
     ]
     assert ((two["label"] == "PNEUMONIA") == (three["label"] != "NORMAL")).all()
     assert ((three["label"] == "VIRUS") == (three["cause"] == "virus")).all()
-    with pytest.raises(CourseError, match="classes=4"): load(kaggle, classes=4)
+    with pytest.raises(CourseError, match="classes=4"): load_dataset(kaggle, classes=4)
 
 
 def test_without_truth_normals_have_a_study_and_no_patient(kaggle, tmp_path):
     plain = shutil.copytree(kaggle, tmp_path / "x", ignore=shutil.ignore_patterns("truth.csv"))
-    f = load(plain)
+    f = load_dataset(plain)
     normal = f["label"] == "NORMAL"
     assert (
         f.loc[normal, "patient"].isna().all()
@@ -115,12 +115,12 @@ def test_without_truth_normals_have_a_study_and_no_patient(kaggle, tmp_path):
 def test_the_phantom_is_read_back(tmp_path, kind, layout):
     if layout == "dicom": pytest.importorskip("pydicom")
     w = population(patients=10, seed=3, kind=kind, pixels=48)
-    f = load(write_dataset(w, tmp_path / "x", layout))
+    f = load_dataset(write_dataset(w, tmp_path / "x", layout))
     truth = pd.read_csv(tmp_path / "x" / "truth.csv", dtype={"patient": str}).assign(
         path=lambda d: [str(tmp_path / "x" / p) for p in d["path"]]
     )
     both = f.merge(truth, on="path", suffixes=("", "_truth"), validate="one_to_one")
-    assert len(both) == len(f) == len(w) and layouts.layout(tmp_path / "x") == layout
+    assert len(both) == len(f) == len(w) and layouts.detect_layout(tmp_path / "x") == layout
     assert (
         (both["patient"] == both["patient_truth"]).all()
         and (both["view"] == both["view_truth"]).all()
@@ -133,7 +133,7 @@ def test_the_phantom_is_read_back(tmp_path, kind, layout):
 
 
 def test_covid_masks_and_two_classes(tmp_path):
-    f = load(write_dataset(population(patients=14, seed=3, kind="covid", pixels=48), tmp_path / "x", "covid"),
+    f = load_dataset(write_dataset(population(patients=14, seed=3, kind="covid", pixels=48), tmp_path / "x", "covid"),
              classes=2)
     assert list(Task.of(f).names) == ["Normal", "COVID-19"] and f["meta_lungs"].map(os.path.exists).all()
 
@@ -145,15 +145,15 @@ def test_nih_in_the_form_of_the_assignment(tmp_path, film):
         Image.open(film).save(tmp_path / "images" / n)
         rows.append({"Image": n, **{c: int(j == i) for j, c in enumerate(FINDINGS)}, "PatientId": int(n[:8])})
     pd.DataFrame(rows).to_csv(tmp_path / "train-small.csv", index=False)
-    f = load(tmp_path)
-    assert layout(tmp_path) == layout(tmp_path / "train-small.csv") == "nih"
+    f = load_dataset(tmp_path)
+    assert detect_layout(tmp_path) == detect_layout(tmp_path / "train-small.csv") == "nih"
     assert (
         f["patient"].tolist() == ["00000001", "00000001", "00008270"]
         and list(Task.of(f).names) == list(FINDINGS)
         and f[list(FINDINGS)].to_numpy().trace() == 3
     )
     pd.DataFrame(rows).drop(columns="Hernia").to_csv(tmp_path / "train-small.csv", index=False)
-    with pytest.raises(CourseError, match="no column 'Hernia'(.|\n)*train-small.csv"): load(tmp_path)
+    with pytest.raises(CourseError, match="no column 'Hernia'(.|\n)*train-small.csv"): load_dataset(tmp_path)
 
 
 def test_nih_official_lists_and_ages(tmp_path, film):
@@ -164,21 +164,21 @@ def test_nih_official_lists_and_ages(tmp_path, film):
                   "View Position": ["PA", "AP"]}).to_csv(tmp_path / "Data_Entry_2017.csv", index=False)
     (tmp_path / "train_val_list.txt").write_text(names[0])
     (tmp_path / "test_list.txt").write_text(names[1] + "\n")
-    f = load(tmp_path)
+    f = load_dataset(tmp_path)
     assert f["split"].tolist() == ["train", "test"] and f["age"].iloc[0] == 58 and pd.isna(f["age"].iloc[1])
     assert (
         f.loc[0, list(FINDINGS)].astype(float).sum() == 2
         and f.loc[1, list(FINDINGS)].astype(float).sum() == 0
     )
     for n in names: os.remove(tmp_path / n)
-    with pytest.raises(CourseError, match="none of the images"): load(tmp_path)
+    with pytest.raises(CourseError, match="none of the images"): load_dataset(tmp_path)
 
 
 def test_class_folders_with_and_without_splits(tmp_path, film):
-    f = load(folders(tmp_path / "a", film, "healthy/1.jpeg", "sick/2.jpeg", "sick/deep/3.jpeg",
+    f = load_dataset(folders(tmp_path / "a", film, "healthy/1.jpeg", "sick/2.jpeg", "sick/deep/3.jpeg",
                      "sick/notes.txt", "sick/._4.jpeg"))
     assert list(Task.of(f).names) == ["healthy", "sick"] and len(f) == 3 and f["split"].isna().all()
-    f = load(folders(tmp_path / "b", film, "Training/Tuberculosis/1.jpeg", "Training/Normal/2.jpeg",
+    f = load_dataset(folders(tmp_path / "b", film, "Training/Tuberculosis/1.jpeg", "Training/Normal/2.jpeg",
                      "Testing/Normal/3.jpeg", "Testing/Tuberculosis/4.jpeg"))
     assert list(Task.of(f).names) == ["Normal", "Tuberculosis"] and set(f["split"]) == {"train", "test"}
 
@@ -187,15 +187,15 @@ def test_a_csv_of_ones_own(tmp_path, film):
     folders(tmp_path, film, "films/1.jpeg", "films/2.jpeg")
     pd.DataFrame({"path": ["films/1.jpeg", str(tmp_path / "films/2.jpeg")], "Effusion": [1, None],
                   "Mass": [0, 1], "patient": ["007", "008"]}).to_csv(tmp_path / "t.csv", index=False)
-    f = load(tmp_path / "t.csv")
+    f = load_dataset(tmp_path / "t.csv")
     assert (
         list(Task.of(f).names) == ["Effusion", "Mass"]
         and f["patient"].tolist() == ["007", "008"]
         and f["height"].notna().all()
     )
-    assert layout(tmp_path) == "csv" and len(load(tmp_path)) == 2
+    assert detect_layout(tmp_path) == "csv" and len(load_dataset(tmp_path)) == 2
     pd.DataFrame({"path": ["films/1.jpeg"], "Effusion": [2]}).to_csv(tmp_path / "t.csv", index=False)
-    with pytest.raises(CourseError, match="1, 0 or missing"): load(tmp_path / "t.csv")
+    with pytest.raises(CourseError, match="1, 0 or missing"): load_dataset(tmp_path / "t.csv")
 
 
 def test_findings_are_said_and_everything_else_is_information(tmp_path, film):
@@ -204,26 +204,26 @@ def test_findings_are_said_and_everything_else_is_information(tmp_path, film):
                          "Effusion": [1, 0, None], "smoker": [0, 1, 1], "pacemaker": [1, 0, 0],
                          "weight": [70, 81.5, None]})
     rows.to_csv(tmp_path / "t.csv", index=False)
-    f = load(tmp_path / "t.csv", findings=["Effusion"])
+    f = load_dataset(tmp_path / "t.csv", findings=["Effusion"])
     assert Task.of(f).names == ("Effusion",
                                 ) and f["weight"].iloc[1] == 81.5 and f["smoker"].tolist() == [0, 1, 1]
     # the one column that bears a name of NIH's
-    assert Task.of(load(tmp_path / "t.csv")).names == ("Effusion",)
-    assert Task.of(load(tmp_path / "t.csv", findings=["Effusion",
+    assert Task.of(load_dataset(tmp_path / "t.csv")).names == ("Effusion",)
+    assert Task.of(load_dataset(tmp_path / "t.csv", findings=["Effusion",
                                                       "pacemaker"])).names == ("Effusion", "pacemaker")
     with pytest.raises(CourseError, match="1, 0 or missing, not(.|\\n)*leave it out of `findings`"):
-        load(tmp_path / "t.csv", findings=["weight"])
-    with pytest.raises(CourseError, match="no column 'Mass'"): load(tmp_path / "t.csv", findings=["Mass"])
+        load_dataset(tmp_path / "t.csv", findings=["weight"])
+    with pytest.raises(CourseError, match="no column 'Mass'"): load_dataset(tmp_path / "t.csv", findings=["Mass"])
     rows.drop(columns="Effusion").to_csv(tmp_path / "t.csv", index=False)
-    with pytest.raises(CourseError, match="told which columns are findings"): load(tmp_path / "t.csv")
-    problems = check(f, pixels=False).table["problem"].tolist()
+    with pytest.raises(CourseError, match="told which columns are findings"): load_dataset(tmp_path / "t.csv")
+    problems = check_dataset(f, pixels=False).table["problem"].tolist()
     assert not any("smoker" in p or "pacemaker" in p for p in problems)
 
 
 def test_whether_images_of_nobody_count_singly_is_decided_at_loading(tmp_path, film):
     root = folders(tmp_path / "a", film, "healthy/1.jpeg", "sick/2.jpeg")
-    assert load(root)["group"].isna().all()
-    assert load(root, unknown="image")["group"].str.startswith("image:").all()
+    assert load_dataset(root)["group"].isna().all()
+    assert load_dataset(root, unknown="image")["group"].str.startswith("image:").all()
 
 
 def test_damaged_tags_of_a_person_are_a_bad_file(tmp_path):
@@ -234,34 +234,34 @@ def test_damaged_tags_of_a_person_are_a_bad_file(tmp_path):
     # the age, whose type becomes nonsense
     at = raw.index(b"\x10\x00\x10\x10AS")
     file.write_bytes(raw[:at + 4] + b"A\xff" + raw[at + 6:])
-    with pytest.warns(UserWarning, match="1 of .* are no images"): f = load(heap)
+    with pytest.warns(UserWarning, match="1 of .* are no images"): f = load_dataset(heap)
     assert f["height"].isna().sum() == 1
 
 
 def test_numbers_as_labels_and_other_names_of_splits(tmp_path, film):
     folders(tmp_path, film, "1.jpeg", "2.jpeg")
     (tmp_path / "t.csv").write_text("path,label,split\n1.jpeg,1,valid\n2.jpeg,0,Training\n")
-    f = load(tmp_path / "t.csv")
+    f = load_dataset(tmp_path / "t.csv")
     assert list(Task.of(f).names) == ["0", "1"] and f["split"].tolist() == ["val", "train"]
 
 
 @pytest.mark.parametrize("text, words", [("", "cannot be read"), ("path,label\n", "no images"), ("path,label\n,NORMAL\n", "names no file"), ("file,label\na.png,NORMAL\n", "no column 'path'(.|\n)*columns=")])
 def test_tables_that_cannot_be_used(tmp_path, text, words):
     (tmp_path / "t.csv").write_text(text)
-    with pytest.raises(CourseError, match=words): load(tmp_path / "t.csv")
+    with pytest.raises(CourseError, match=words): load_dataset(tmp_path / "t.csv")
 
 
 def test_a_csv_that_is_a_picture(tmp_path, film):
     shutil.copy(film, tmp_path / "t.csv")
-    with pytest.raises(CourseError, match="t.csv"): load(tmp_path / "t.csv")
+    with pytest.raises(CourseError, match="t.csv"): load_dataset(tmp_path / "t.csv")
 
 
 def test_a_heap_of_dicom(tmp_path):
     pytest.importorskip("pydicom")
     heap = write_dataset(population(patients=4, seed=1, pixels=48), tmp_path / "x", "dicom")
     os.remove(heap / "truth.csv")
-    assert layout(heap) == "dicom"
-    with pytest.raises(CourseError, match="DICOM files without labels(.|\n)*CSV"): load(heap)
+    assert detect_layout(heap) == "dicom"
+    with pytest.raises(CourseError, match="DICOM files without labels(.|\n)*CSV"): load_dataset(heap)
     files = sorted(heap.rglob("*.dcm"))
     pd.DataFrame(
         {
@@ -269,7 +269,7 @@ def test_a_heap_of_dicom(tmp_path):
             "label": ["well", "ill"] * (len(files) // 2) + ["well"] * (len(files) % 2),
         }
     ).to_csv(heap / "labels.csv", index=False)
-    f = load(heap)
+    f = load_dataset(heap)
     assert (
         f["patient"].str.startswith("p0").all()
         and f["view"].isin(["PA", "AP"]).all()
@@ -285,7 +285,7 @@ def test_dicom_in_class_folders(tmp_path):
         (tmp_path / "y" / ("normal", "pneumonia")[i % 2]).mkdir(parents=True, exist_ok=True)
         # no ending, as archives export them
         shutil.copy(p, tmp_path / "y" / ("normal", "pneumonia")[i % 2] / f"IM{i:04d}")
-    f = load(tmp_path / "y")
+    f = load_dataset(tmp_path / "y")
     assert list(Task.of(f).names) == ["normal", "pneumonia"] and f["patient"].notna().all()
 
 
@@ -296,7 +296,7 @@ def npz(path, **arrays):
 
 def test_npz(tmp_path):
     x, g = np.zeros((6, 28, 28), np.uint8), np.random.default_rng(0)
-    f = load(npz(tmp_path / "a.npz", train_images=x, train_labels=np.array([[0], [1]] * 3), test_images=x[:2],
+    f = load_dataset(npz(tmp_path / "a.npz", train_images=x, train_labels=np.array([[0], [1]] * 3), test_images=x[:2],
                  test_labels=np.array([[1], [0]])))
     assert (
         len(f) == 8
@@ -304,7 +304,7 @@ def test_npz(tmp_path):
         and (f["height"] == 28).all()
         and f["path"].iloc[-1].endswith("a.npz::test_images::1")
     )
-    f = load(npz(tmp_path / "b.npz", val_images=x, val_labels=g.integers(0, 2, (6, 14))))
+    f = load_dataset(npz(tmp_path / "b.npz", val_images=x, val_labels=g.integers(0, 2, (6, 14))))
     assert list(Task.of(f).names) == list(CHESTMNIST) and set(f["split"]) == {"val"}
     for arrays, words in (
         (dict(a=x), "no arrays named"),
@@ -312,44 +312,44 @@ def test_npz(tmp_path):
         (dict(train_images=x, train_labels=np.zeros((6, 5), int)), "5 columns"),
     ):
         with pytest.raises(CourseError, match=words + r"(.|\n)*c.npz"):
-            load(npz(tmp_path / "c.npz", **arrays))
+            load_dataset(npz(tmp_path / "c.npz", **arrays))
     (tmp_path / "d.npz").write_bytes((tmp_path / "a.npz").read_bytes()[:300])
-    with pytest.raises(CourseError, match="d.npz"): load(tmp_path / "d.npz")
+    with pytest.raises(CourseError, match="d.npz"): load_dataset(tmp_path / "d.npz")
 
 
 def test_nothing_there_and_nothing_known(tmp_path, film):
-    with pytest.raises(CourseError, match="no such folder(.|\n)*'sample'"): load(tmp_path / "nowhere")
-    with pytest.raises(CourseError, match="no layout(.|\n)*nothing"): load(tmp_path)
-    with pytest.raises(CourseError, match="give the folder"): load(film)
+    with pytest.raises(CourseError, match="no such folder(.|\n)*'sample'"): load_dataset(tmp_path / "nowhere")
+    with pytest.raises(CourseError, match="no layout(.|\n)*nothing"): load_dataset(tmp_path)
+    with pytest.raises(CourseError, match="give the folder"): load_dataset(film)
     with pytest.raises(CourseError, match="no images"):
-        load((tmp_path / "train" / "NORMAL").mkdir(parents=True) or tmp_path)
-    with pytest.raises(CourseError, match="one class"): load(folders(tmp_path / "one", film, "normal/1.jpeg"))
+        load_dataset((tmp_path / "train" / "NORMAL").mkdir(parents=True) or tmp_path)
+    with pytest.raises(CourseError, match="one class"): load_dataset(folders(tmp_path / "one", film, "normal/1.jpeg"))
 
 
 def test_unknown_class_folder(tmp_path, film):
     folders(tmp_path, film, "Train/Normal/images/1.png", "Train/COVID-19/images/1.png",
             "Train/Covid/images/1.png")
-    with pytest.raises(CourseError, match="unknown class folder 'Covid'"): load(tmp_path)
+    with pytest.raises(CourseError, match="unknown class folder 'Covid'"): load_dataset(tmp_path)
 
 
 def test_bad_files_are_reported_kept_and_left_out_on_request(kaggle, tmp_path):
     ill = Path(shutil.copytree(kaggle, tmp_path / "x"))
     (ill / "train" / "NORMAL" / "IM-0901-0001.jpeg").write_text("a note")
     (ill / "train" / "NORMAL" / "IM-0902-0001.jpeg").write_bytes(b"")
-    whole = len(load(kaggle))
-    with pytest.warns(UserWarning, match="2 of .* are no images"): f = load(ill)
+    whole = len(load_dataset(kaggle))
+    with pytest.warns(UserWarning, match="2 of .* are no images"): f = load_dataset(ill)
     assert len(f) == whole + 2 and f["height"].isna().sum() == 2
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert len(load(ill, skip_bad=True)) == whole
+        assert len(load_dataset(ill, skip_bad=True)) == whole
     for p in (tmp_path / "x").rglob("*.jpeg"): p.write_text("all is lost")
-    with pytest.raises(CourseError, match="not an image"): load(ill)
+    with pytest.raises(CourseError, match="not an image"): load_dataset(ill)
 
 
 # ---------------------------------------------------------------- check
 
 def test_check_is_silent_on_a_healthy_set(kaggle):
-    r = check(load(kaggle))
+    r = check_dataset(load_dataset(kaggle))
     assert (
         r.table.empty
         and r.bad.empty
@@ -361,25 +361,25 @@ def test_check_is_silent_on_a_healthy_set(kaggle):
 
 
 def test_check_counts_against_the_registry(kaggle):
-    said = check(load(kaggle), against="kaggle", pixels=False).table["problem"]
+    said = check_dataset(load_dataset(kaggle), against="kaggle", pixels=False).table["problem"]
     assert said.str.contains("train NORMAL: 1,341 in the registry").any()
-    with pytest.raises(CourseError, match="unknown data set"): check(load(kaggle), against="keggle")
+    with pytest.raises(CourseError, match="unknown data set"): check_dataset(load_dataset(kaggle), against="keggle")
 
 
 def test_check_sees_patients_on_both_sides_and_splits_of_one_class(kaggle):
-    f = load(kaggle)
+    f = load_dataset(kaggle)
     leak = pd.concat([f, f[f["split"] == "test"].head(1).assign(split="train", path="elsewhere.png")],
                      ignore_index=True)
-    assert "patients in more than one split" in set(check(leak, pixels=False).table["problem"])
+    assert "patients in more than one split" in set(check_dataset(leak, pixels=False).table["problem"])
     sick = f[(f["split"] != "test") | (f["label"] != "NORMAL")]
-    assert "only one class in test (PNEUMONIA)" in set(check(sick, pixels=False).table["problem"])
-    assert "the test split is empty" in set(check(f[f["split"] != "test"], pixels=False).table["problem"])
+    assert "only one class in test (PNEUMONIA)" in set(check_dataset(sick, pixels=False).table["problem"])
+    assert "the test split is empty" in set(check_dataset(f[f["split"] != "test"], pixels=False).table["problem"])
 
 
 def test_all_files_bad(tmp_path):
     f = make_frame([dict(path=str(tmp_path / f"{i}.png"), label=c, split="train") for i,
                     c in enumerate("ab")])
-    r = check(f)
+    r = check_dataset(f)
     assert (
         len(r.bad) == 2
         and r.pairs.empty
@@ -390,24 +390,24 @@ def test_all_files_bad(tmp_path):
 
 def test_many_equal_films_stay_linear(tmp_path, film):
     for i in range(300): shutil.copy(film, tmp_path / f"{i}.jpeg")
-    r = check(make_frame([dict(path=str(tmp_path / f"{i}.jpeg"), label="ab"[i % 2], split="train")
+    r = check_dataset(make_frame([dict(path=str(tmp_path / f"{i}.jpeg"), label="ab"[i % 2], split="train")
                           for i in range(300)]))
     assert len(r.pairs) == 299 and (r.pairs["a"] == 0).all()
 
 
 def test_blank_films_are_not_called_the_same(tmp_path):
     for i in range(4): Image.new("L", (64, 64), 10 * i).save(tmp_path / f"{i}.png")
-    assert check(make_frame([dict(path=str(tmp_path / f"{i}.png"), label="ab"[i % 2], split="train")
+    assert check_dataset(make_frame([dict(path=str(tmp_path / f"{i}.png"), label="ab"[i % 2], split="train")
                              for i in range(4)])).pairs.empty
 
 
 def test_beside_finds_films_of_another_set(kaggle, tmp_path):
-    f = load(kaggle)
+    f = load_dataset(kaggle)
     own = []
     for i, p in enumerate(f["path"].head(5)):
         Image.open(p).resize((60, 60)).save(tmp_path / f"{i}.png")
         own.append(dict(path=str(tmp_path / f"{i}.png"), label="ab"[i % 2], split="train"))
-    r = check(make_frame(own), beside=f)
+    r = check_dataset(make_frame(own), beside=f)
     across = r.pairs[r.pairs["meta_set_a"] != r.pairs["meta_set_b"]]
     assert across[
         "path_a"
@@ -425,13 +425,13 @@ def test_same_picture_as_png_dicom_and_sixteen_bits(tmp_path):
     Image.fromarray((x * 65535).astype(np.uint16)).save(tmp_path / "b.png")
     t = np.stack([thumbnail(p) for p in (tmp_path / "a.png", tmp_path / "b.png",
                                          sorted((tmp_path / "d").rglob("*.dcm"))[0])])
-    assert len(near_pairs(seen_as(t), t)) == 3
+    assert len(near_duplicates(perceptual_hash(t), t)) == 3
 
 
 def test_all_pairs_of_a_block_boundary():
     t = np.random.default_rng(0).integers(0, 256, (7000, 32, 32), dtype=np.uint8)
     t[6999] = t[3]
-    p = near_pairs(seen_as(t), t)
+    p = near_duplicates(perceptual_hash(t), t)
     assert p[["a", "b"]].to_numpy().tolist() == [[3, 6999]]
 
 
@@ -524,7 +524,7 @@ def server():
     s.shutdown()
 
 
-def facts(url, hash): return DataSet("x", "A set", "npz", ("a", "b"), url=url, hash=hash)
+def facts(url, hash): return DatasetFacts("x", "A set", "npz", ("a", "b"), url=url, hash=hash)
 
 
 def test_fetch_goes_on_where_it_stopped(server, tmp_path):
@@ -569,7 +569,7 @@ def test_kaggles_client_is_used_where_it_is(tmp_path, monkeypatch, kaggle):
     tool.write_text(f"#!/bin/sh\ncp {tmp_path}/source.zip $6/chest-xray-pneumonia.zip\n")
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tool.parent}:{os.environ['PATH']}")
-    assert len(load(fetch("kaggle", tmp_path / "set"))) == len(list(kaggle.rglob("*.jpeg")))
+    assert len(load_dataset(fetch("kaggle", tmp_path / "set"))) == len(list(kaggle.rglob("*.jpeg")))
     tool.write_text("#!/bin/sh\necho '401 - Unauthorized' >&2\nexit 1\n")
     with pytest.raises(CourseError, match="401"): fetch("kaggle", tmp_path / "other")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["bin", "set", "source.zip"]
@@ -587,14 +587,14 @@ def test_the_registry_adds_up():
 # ---------------------------------------------------------------- real films
 
 def test_real_kaggle(real_data):
-    f = load(real_data / "kaggle" / "chest_xray")
+    f = load_dataset(real_data / "kaggle" / "chest_xray")
     assert f["split"].value_counts().to_dict() == {"train": 4615, "test": 601, "val": 16} and len(f) == 5232
     normal = f["label"] == "NORMAL"
     assert normal.sum() == f["patient"].isna().sum() == f["study"].notna().sum() == 1349
     assert f["patient"].nunique() == 1642 and f.groupby("patient")["cause"].nunique().gt(1).sum() == 808
-    assert load(real_data / "kaggle")["path"].tolist() == f["path"].tolist()           # one folder higher
+    assert load_dataset(real_data / "kaggle")["path"].tolist() == f["path"].tolist()           # one folder higher
     start = time.perf_counter()
-    r = check(f, against="kaggle")
+    r = check_dataset(f, against="kaggle")
     assert time.perf_counter() - start < 60
     assert r.bad.empty and len(r.pairs) == r.pairs["equal"].sum() == 26
     assert not r.table["problem"].str.contains("two splits|two labels").any()
@@ -602,8 +602,8 @@ def test_real_kaggle(real_data):
 
 def test_real_nih(real_data):
     start = time.perf_counter()
-    full = load(real_data / "nih" / "labels" / "Data_Entry_2017_v2020.csv.gz")
-    r = check(full, pixels=False, against="nih")
+    full = load_dataset(real_data / "nih" / "labels" / "Data_Entry_2017_v2020.csv.gz")
+    r = check_dataset(full, pixels=False, against="nih")
     assert time.perf_counter() - start < 15
     assert (
         len(full) == 112120
@@ -611,27 +611,27 @@ def test_real_nih(real_data):
         and int(full["Hernia"].sum()) == 227
         and int((full[list(FINDINGS)].sum(axis=1) == 0).sum()) == 60361
     )
-    f = load(real_data / "nih")
+    f = load_dataset(real_data / "nih")
     assert (
         f["split"].value_counts().to_dict() == {"train": 600, "val": 200}
         and (f[["height", "width"]] == 64).all(axis=None)
         and f["patient"].notna().all()
     )
-    b = boxes(real_data / "nih" / "labels" / "BBox_List_2017.csv.gz")
+    b = read_boxes(real_data / "nih" / "labels" / "BBox_List_2017.csv.gz")
     assert (len(b), b["name"].nunique(),
             b["finding"].nunique()) == (984, 880, 8) and set(b["finding"]) <= set(FINDINGS)
 
 
 def test_real_films_read_again(real_data):
-    r = relabelled(real_data / "nih")
+    r = read_relabelled(real_data / "nih")
     assert len(r) == r["path"].nunique() and list(Task.of(r).names) == [
         "Fracture", "Pneumothorax", "Airspace opacity", "Nodule or mass",
     ]
-    assert layout(real_data / "nih" / "labels" / "google2019_nih-chest-xray-labels.csv.gz") == "csv"
+    assert detect_layout(real_data / "nih" / "labels" / "google2019_nih-chest-xray-labels.csv.gz") == "csv"
 
 
 def test_real_covid_and_the_children_in_it(real_data):
-    f = load(real_data / "covid_qu_ex_layout")
+    f = load_dataset(real_data / "covid_qu_ex_layout")
     assert f["label"].value_counts().to_dict() == {"Normal": 450, "COVID-19": 450,
                                                    "Non-COVID": 90} and f["patient"].isna().all()
     strange = make_frame(
@@ -640,12 +640,12 @@ def test_real_covid_and_the_children_in_it(real_data):
             for p in sorted((real_data / "covid_qu_ex_layout" / "confound_paediatric_normals").iterdir())
         ]
     )
-    pairs = check(strange, beside=load(real_data / "kaggle" / "chest_xray")).pairs
+    pairs = check_dataset(strange, beside=load_dataset(real_data / "kaggle" / "chest_xray")).pairs
     assert pairs.loc[pairs["meta_set_a"] != pairs["meta_set_b"], "path_a"].nunique() == len(strange) == 78
 
 
 def test_real_pneumoniamnist(real_data):
-    f = load(real_data / "pneumoniamnist_standin.npz")
+    f = load_dataset(real_data / "pneumoniamnist_standin.npz")
     assert f["split"].value_counts().to_dict() == {"train": 4108, "val": 524,
                                                    "test": 600} and f["patient"].isna().all()
     assert f[f["split"] == "val"]["label"].value_counts().to_dict() == {"PNEUMONIA": 389, "NORMAL": 135}

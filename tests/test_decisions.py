@@ -6,17 +6,17 @@ import pandas as pd
 import pytest
 from scipy.special import expit, logit
 from sklearn import metrics
-from sklearn.calibration import calibration_curve
+from sklearn.calibration import calibration_curve as sk_calibration_curve
 from sklearn.linear_model import LogisticRegression
 
 from cxr_course.core import CourseError, rng
 from cxr_course.evaluation.agreement import cohen_kappa, fleiss_kappa
-from cxr_course.evaluation.calibration import brier, calibrate, ece, plot_reliability, reliability
-from cxr_course.evaluation.checklist import checklist, complete
-from cxr_course.evaluation.predictions import checked, predictions_frame
-from cxr_course.evaluation.report import report
+from cxr_course.evaluation.calibration import brier_score, calibrate, calibration_error, plot_calibration, calibration_curve
+from cxr_course.evaluation.checklist import reporting_checklist, add_checklist
+from cxr_course.evaluation.predictions import validate_predictions, predictions_frame
+from cxr_course.evaluation.report import evaluation_report
 from cxr_course.evaluation.thresholds import (
-    choose_threshold, net_benefit, predictive_values, shift_prior,
+    choose_threshold, net_benefit, predictive_values, adjust_prevalence,
 )
 from cxr_course.frame import make_frame
 from cxr_course.stats.curves import auc
@@ -85,7 +85,7 @@ def test_thresholds_for_findings_and_faults():
     cuts = choose_threshold(many(), "sensitivity", .8)
     assert (
         set(cuts) == {"Effusion", "Mass"}
-        and report(many(split="test"), threshold=cuts, times=50).values["metric"].eq("sensitivity").sum() == 2
+        and evaluation_report(many(split="test"), threshold=cuts, times=50).values["metric"].eq("sensitivity").sum() == 2
     )
     with pytest.raises(CourseError, match="between two classes"): choose_threshold(three())
     with pytest.raises(CourseError, match="unknown rule"): choose_threshold(two(), "best")
@@ -108,26 +108,26 @@ def test_prior_shift_mends_calibration_after_a_real_shift_and_keeps_the_order():
     g = rng(4, "thin")
     rare = p[(y == 0) | (g.random(len(y)) < .1)]
     y2, s2 = binary(rare)
-    new = shift_prior(rare, old=y.mean(), new=y2.mean())["p_PNEUMONIA"].to_numpy()
+    new = adjust_prevalence(rare, old=y.mean(), new=y2.mean())["p_PNEUMONIA"].to_numpy()
     keys = rare["patient"].to_numpy()
     assert (
-        ece(y2, new, keys, times=20).value < 0.01 < 0.1 < ece(y2, s2, keys, times=20).value
+        calibration_error(y2, new, keys, times=20).value < 0.01 < 0.1 < calibration_error(y2, s2, keys, times=20).value
         and abs(auc(y2, new) - auc(y2, s2)) < 1e-12
     )
-    flat = shift_prior(three(), old=dict(N=1 / 3, B=1 / 3, V=1 / 3), new=dict(N=1 / 3, B=1 / 3, V=1 / 3))
+    flat = adjust_prevalence(three(), old=dict(N=1 / 3, B=1 / 3, V=1 / 3), new=dict(N=1 / 3, B=1 / 3, V=1 / 3))
     assert np.allclose(flat[["p_N", "p_B", "p_V"]], three()[["p_N", "p_B", "p_V"]])
-    with pytest.raises(CourseError, match="a share above 0"): shift_prior(p, old=0., new=.1)
+    with pytest.raises(CourseError, match="a share above 0"): adjust_prevalence(p, old=0., new=.1)
 
 
 def test_brier_agrees_and_ece_by_a_plain_loop():
     p = two()
     y, s = binary(p)
     keys = p["patient"].to_numpy()
-    assert abs(brier(y, s, keys).value - metrics.brier_score_loss(y, s)) < 1e-12
+    assert abs(brier_score(y, s, keys).value - metrics.brier_score_loss(y, s)) < 1e-12
     order = np.argsort(s)
     plain = sum(abs(s[i].sum() - y[i].sum()) for i in np.array_split(order, 10)) / len(y)
-    assert abs(ece(y, s, keys).value - plain) < 1e-12
-    r = reliability(y, s, keys)
+    assert abs(calibration_error(y, s, keys).value - plain) < 1e-12
+    r = calibration_curve(y, s, keys)
     assert (
         r["images"].tolist() == [40] * 10
         and abs((r["images"] * r["value"]).sum() - y.sum()) < 1e-9
@@ -139,7 +139,7 @@ def test_brier_interval_holds_the_truth():
     held = []
     for seed in range(600):
         p = two(300, seed=seed, patients=10 ** 9)
-        held.append(brier(*binary(p), p["patient"].to_numpy(), times=300, seed=seed)[1:3])
+        held.append(brier_score(*binary(p), p["patient"].to_numpy(), times=300, seed=seed)[1:3])
     y, s = binary(two(400_000, seed=99, patients=10 ** 9))
     # the probabilities are right by construction
     truth, held = np.mean(s * (1 - s)), np.array(held)
@@ -163,7 +163,7 @@ def test_calibration_helps_on_new_films_and_leaves_every_auc_alone(method):
     assert abs(auc(*binary(mended)) - auc(*binary(new))) < 1e-12 and metrics.log_loss(
         *binary(mended)
     ) < metrics.log_loss(*binary(new))
-    assert np.allclose(mended[["p_NORMAL", "p_PNEUMONIA"]].sum(axis=1), 1) and checked(mended) is mended
+    assert np.allclose(mended[["p_NORMAL", "p_PNEUMONIA"]].sum(axis=1), 1) and validate_predictions(mended) is mended
     fitted, new = calibrate(many(), method), many(split="test")
     mended = fitted.apply(new)
     for f in ("Effusion", "Mass"):
@@ -243,8 +243,8 @@ def test_readers_who_always_say_the_same_have_no_kappa():
 
 @pytest.mark.parametrize("kind", [two, three, many])
 def test_the_check_list_shows_what_is_open(kind, tmp_path):
-    result = report(kind(split="test"), threshold=None if kind is three else .5, times=100)
-    items = checklist(result)
+    result = evaluation_report(kind(split="test"), threshold=None if kind is three else .5, times=100)
+    items = reporting_checklist(result)
     ai = items[items["list"] == "TRIPOD+AI"]
     assert (
         ai["item"].astype(int).tolist() == list(range(1, 28))
@@ -253,15 +253,15 @@ def test_the_check_list_shows_what_is_open(kind, tmp_path):
     )
     # nobody but a person can know
     assert set(items.loc[items["key"].isin(["ethics", "public", "reference"]), "state"]) == {"open"}
-    once = complete(result, {"ethics": "Not needed <here>."}).save(tmp_path / "a") / "report.html"
-    twice = complete(result, {"ethics": "Not needed <here>."}).save(tmp_path / "b") / "report.html"
+    once = add_checklist(result, {"ethics": "Not needed <here>."}).save(tmp_path / "a") / "report.html"
+    twice = add_checklist(result, {"ethics": "Not needed <here>."}).save(tmp_path / "b") / "report.html"
     page = once.read_text()
     assert (
         page == twice.read_text()
         and "&lt;here&gt;" in page
         and page.count("open: nobody has answered this") == (items["state"] == "open").sum() - 1
     )
-    with pytest.raises(CourseError, match="no item"): checklist(result, {"colour": "blue"})
+    with pytest.raises(CourseError, match="no item"): reporting_checklist(result, {"colour": "blue"})
 
 
 @pytest.mark.parametrize("slope", [1., 1.3, 2.])
@@ -275,7 +275,7 @@ def test_the_interval_of_the_calibration_error_holds_the_truth(slope):
     group = np.argsort(np.argsort(p)) * 10 // len(p)
     truth, held = np.abs(np.bincount(group, p - y)).sum() / len(y), []
     for i in range(300):
-        est = ece(*study(rng(10, "ece", i), 400), times=200, seed=i)
+        est = calibration_error(*study(rng(10, "ece", i), 400), times=200, seed=i)
         held.append(est.low <= truth <= est.high)
     assert np.mean(held) >= .92, np.mean(held)
 
@@ -326,7 +326,7 @@ def test_net_benefit_is_that_of_dcurves():
 
 
 def test_net_benefit_and_reliability_ask_one_question():
-    for call in (net_benefit, lambda p: plot_reliability({"it": p})):
+    for call in (net_benefit, lambda p: plot_calibration({"it": p})):
         for p in (three(split="test"), many(split="test")):
             with pytest.raises(CourseError, match="one yes-or-no question"): call(p)
 
@@ -334,8 +334,8 @@ def test_net_benefit_and_reliability_ask_one_question():
 def test_reliability_is_that_of_scikit_learn():
     p = two()
     y, s = binary(p)
-    so, said = calibration_curve(y, s, n_bins=10, strategy="quantile")
-    r = reliability(y, s, p["patient"])
+    so, said = sk_calibration_curve(y, s, n_bins=10, strategy="quantile")
+    r = calibration_curve(y, s, p["patient"])
     assert np.allclose(r["value"], so, atol=1e-12) and np.allclose(r["said"], said, atol=1e-12)
 
 

@@ -12,17 +12,17 @@ from scipy.stats import binomtest, bootstrap, norm
 from sklearn import metrics
 
 from cxr_course.core import CourseError, rng
-from cxr_course.evaluation.breakdown import by_class, by_size, errors, evaluate, subgroups
+from cxr_course.evaluation.breakdown import classification_report, metrics_by_size, error_breakdown, evaluate, subgroups
 from cxr_course.evaluation.metrics import (
-    aucs, compare_models, confusion, decide, eight, macro_auc, operating_points,
+    auc_by_task, compare_models, confusion_matrix, predict_labels, binary_metrics, macro_auc, operating_points,
 )
 from cxr_course.evaluation.plots import plot_roc
-from cxr_course.evaluation.predictions import checked, predictions_frame, questions, read_predictions
-from cxr_course.evaluation.report import report
+from cxr_course.evaluation.predictions import validate_predictions, predictions_frame, binary_tasks, read_predictions
+from cxr_course.evaluation.report import evaluation_report
 from cxr_course.frame import make_frame
-from cxr_course.stats.bootstrap import interval, ratio, resample, resampled_auc, resampled_precision
-from cxr_course.stats.curves import auc, average_precision, precision_recall, roc
-from cxr_course.stats.intervals import auc_interval, compare, delong, left_out_auc, share, wilson
+from cxr_course.stats.bootstrap import bootstrap_ci, ratio_ci, bootstrap_counts, bootstrap_auc, bootstrap_average_precision
+from cxr_course.stats.curves import auc, average_precision, precision_recall_curve, roc_curve
+from cxr_course.stats.intervals import auc_ci, delong_test, delong_variance, jackknife_auc, proportion_ci, wilson_ci
 
 
 def films(n=200, kind="binary", patients=80, seed=0, split="test"):
@@ -70,16 +70,16 @@ def test_scikit_learn_agrees(decimals, prevalence):
     s = np.round(g.normal(size=3000) + y, decimals)
     assert abs(auc(y, s) - metrics.roc_auc_score(y, s)) < 1e-12
     assert abs(average_precision(y, s) - metrics.average_precision_score(y, s)) < 1e-12
-    for ours, theirs in zip(roc(y, s), metrics.roc_curve(y, s, drop_intermediate=False)):
+    for ours, theirs in zip(roc_curve(y, s), metrics.roc_curve(y, s, drop_intermediate=False)):
         assert np.array_equal(ours, theirs) or np.abs(ours[1:] - theirs[1:]).max() < 1e-12
-    precision, recall, cut = precision_recall(y, s)
+    precision, recall, cut = precision_recall_curve(y, s)
     p, r, t = metrics.precision_recall_curve(y, s)
     assert (
         np.abs(precision - p[:-1][::-1]).max() < 1e-12
         and np.abs(recall - r[:-1][::-1]).max() < 1e-12
         and np.array_equal(cut, t[::-1])
     )
-    e = eight(y, s, .5)
+    e = binary_metrics(y, s, .5)
     tn, fp, fn, tp = metrics.confusion_matrix(y, s >= .5).ravel()
     assert (e["tn"], e["fp"], e["fn"], e["tp"]) == (tn, fp, fn, tp) and abs(
         e["precision"] - metrics.precision_score(y, s >= 0.5)
@@ -91,14 +91,14 @@ def test_every_resampled_figure_is_the_weighted_figure(decimals):
     g = rng(2, "weights")
     keys, y = g.integers(0, 50, 400), (g.random(400) < .3).astype(float)
     s = np.round(g.normal(size=400) + y, decimals)
-    codes, counts = resample(keys, 70, seed=3)
-    area, precision = resampled_auc(y, s, codes, counts), resampled_precision(y, s, codes, counts)
+    codes, counts = bootstrap_counts(keys, 70, seed=3)
+    area, precision = bootstrap_auc(y, s, codes, counts), bootstrap_average_precision(y, s, codes, counts)
     for j in range(70):
         assert abs(area[j] - metrics.roc_auc_score(y, s, sample_weight=counts[codes, j])) < 1e-12
         assert (
             abs(precision[j] - metrics.average_precision_score(y, s, sample_weight=counts[codes, j])) < 1e-12
         )
-    left = left_out_auc(y, s, codes, len(counts))
+    left = jackknife_auc(y, s, codes, len(counts))
     for k in range(50): assert abs(left[k] - metrics.roc_auc_score(y[codes != k], s[codes != k])) < 1e-12
 
 
@@ -109,7 +109,7 @@ def test_same_seed_same_interval_and_order_of_rows_does_not_matter_much():
 
 def test_delong_on_the_ratings_of_hanley_and_mcneil():
     ratings = np.repeat([1, 2, 3, 4, 5] * 2, [33, 6, 6, 11, 2, 3, 2, 2, 11, 33])
-    est = auc_interval(np.repeat([0, 1], [58, 51]), ratings, np.arange(109), "delong")
+    est = auc_ci(np.repeat([0, 1], [58, 51]), ratings, np.arange(109), "delong")
     assert (round(est.value, 4), round(est.low, 4), round(est.high, 4)) == (.8932, .833, .9534)
 
 
@@ -119,10 +119,10 @@ def test_delong_by_its_definition_for_two_models():
     scores = np.round(g.normal(size=(2, 40)) + y, 1)
     pairs = [(a[:17, None] > a[17:]) + .5 * (a[:17, None] == a[17:]) for a in scores]
     down, across = np.array([q.mean(axis=1) for q in pairs]), np.array([q.mean(axis=0) for q in pairs])
-    area, cov = delong(y, scores)
+    area, cov = delong_variance(y, scores)
     assert np.allclose(area, [q.mean() for q in pairs],
                        atol=1e-14) and np.allclose(cov, np.cov(down) / 17 + np.cov(across) / 23, atol=1e-14)
-    gap, p = compare(y, *scores)
+    gap, p = delong_test(y, *scores)
     z = (area[0] - area[1]) / np.sqrt(cov[0, 0] + cov[1, 1] - 2 * cov[0, 1])
     assert abs(p - 2 * norm.sf(abs(z))) < 1e-12 and abs(gap.value - (area[0] - area[1])) < 1e-15
 
@@ -130,20 +130,20 @@ def test_delong_by_its_definition_for_two_models():
 def test_a_film_copied_within_its_patient_adds_no_certainty():
     y, s, k = np.tile(rng(5, "y").random(60) < 0.5,
                       3) * 1.0, np.tile(rng(5, "s").normal(size=60), 3), np.tile(np.arange(60), 3)
-    once, thrice = delong(y[:60], s[:60])[1][0, 0], delong(y, s, k)[1][0, 0]
-    assert abs(thrice / once - 1) < 1e-9 and delong(y, s)[1][0, 0] < .4 * once
-    a, b = share(y[:60] == 1, k[:60]), share(y == 1, k)
+    once, thrice = delong_variance(y[:60], s[:60])[1][0, 0], delong_variance(y, s, k)[1][0, 0]
+    assert abs(thrice / once - 1) < 1e-9 and delong_variance(y, s)[1][0, 0] < .4 * once
+    a, b = proportion_ci(y[:60] == 1, k[:60]), proportion_ci(y == 1, k)
     assert np.allclose(a[:3], b[:3])
 
 
 @pytest.mark.parametrize("hits, n, low, high", [(574.08, 624, .896, .939), (0, 10, 0, .278), (10, 10, .722, 1)])
 def test_wilson(hits, n, low, high):
-    est = wilson(hits, n)
+    est = wilson_ci(hits, n)
     assert abs(est.low - low) < 6e-4 and abs(est.high - high) < 6e-4
 
 
 def test_wilson_solves_its_own_equation():
-    z, est = norm.ppf(.975), wilson(37, 61)
+    z, est = norm.ppf(.975), wilson_ci(37, 61)
     for edge in (est.low, est.high):
         assert abs(abs(37 / 61 - edge) / np.sqrt(edge * (1 - edge) / 61) - z) < 1e-9
 
@@ -164,7 +164,7 @@ def test_intervals_hold_the_truth_as_often_as_they_say(method):
     g, truth, held = rng(6, "coverage"), norm.cdf(1.3 / np.sqrt(2)), []
     for i in range(800):
         y, s, k = clustered(g, 150)
-        est = auc_interval(y, s, k, method, times=400, seed=i)
+        est = auc_ci(y, s, k, method, times=400, seed=i)
         held.append(est.low <= truth <= est.high)
     assert .93 <= np.mean(held) <= .97, np.mean(held)
 
@@ -174,7 +174,7 @@ def test_intervals_of_a_difference_hold_the_truth():
     for _ in range(1500):
         y, s, k = clustered(g, 120)
         t = s + g.normal(size=len(s))
-        est, _ = compare(y, s, t, k)
+        est, _ = delong_test(y, s, t, k)
         held.append(est.low <= norm.cdf(1.3 / np.sqrt(2)) - norm.cdf(1.3 / 2) <= est.high)
     assert .93 <= np.mean(held) <= .97, np.mean(held)
 
@@ -188,7 +188,7 @@ def test_shares_by_patient_hold_the_truth(truth):
         own = g.beta(truth * 3, (1 - truth) * 3, 100)
         hit = g.random(len(k)) < own[k]
         for keys, out in ((k, held), (None, naive)):
-            est = share(hit, keys)
+            est = proportion_ci(hit, keys)
             out.append(est.low <= truth <= est.high)
     assert .93 <= np.mean(held) <= .97 and np.mean(naive) < .91, (np.mean(held), np.mean(naive))
 
@@ -197,7 +197,7 @@ def test_taking_films_for_independent_is_caught_by_the_same_test():
     g, truth, held = rng(6, "coverage"), norm.cdf(1.3 / np.sqrt(2)), []
     for _ in range(400):
         y, s, k = clustered(g, 150)
-        est = auc_interval(y, s, np.arange(len(k)), "delong")
+        est = auc_ci(y, s, np.arange(len(k)), "delong")
         held.append(est.low <= truth <= est.high)
     assert np.mean(held) < .92
 
@@ -205,7 +205,7 @@ def test_taking_films_for_independent_is_caught_by_the_same_test():
 @pytest.mark.parametrize("kind", ["binary", "three", "many"])
 def test_a_report_of_each_kind_is_saved_whole(kind, tmp_path):
     p = films(kind=kind)
-    r = report(p, threshold=None if kind == "three" else .4, times=200)
+    r = evaluation_report(p, threshold=None if kind == "three" else .4, times=200)
     folder = r.save(tmp_path / "report")
     page, data = (folder / "report.html").read_text(), json.loads((folder / "report.json").read_text())
     assert sorted(f.name for f in folder.iterdir()) == ["report.html", "report.json", "report.png"]
@@ -241,29 +241,29 @@ def test_every_estimate_lies_within_its_interval():
 
 def test_patients_missing_raise_unless_the_caller_says_so():
     p = make_frame(films().assign(patient=None, group=None))
-    for call in (evaluate, report, aucs, subgroups, by_class, errors, by_size, plot_roc):
+    for call in (evaluate, evaluation_report, auc_by_task, subgroups, classification_report, error_breakdown, metrics_by_size, plot_roc):
         with pytest.raises(CourseError, match="have no patient"): call(p)
-    assert "NOT purely by patient: 200 single images" in report(make_frame(p, unknown="image"), threshold=0.5,
+    assert "NOT purely by patient: 200 single images" in evaluation_report(make_frame(p, unknown="image"), threshold=0.5,
                                                                 times=50).notes[-1]
     p["study"] = [f"s{i // 4}" for i in range(200)]
-    assert "50 examinations" in report(make_frame(p, unknown="image"), threshold=.5, times=50).notes[-1]
+    assert "50 examinations" in evaluation_report(make_frame(p, unknown="image"), threshold=.5, times=50).notes[-1]
 
 
 def test_faults_in_the_frame():
     p = films()
-    with pytest.raises(CourseError, match="sum to one"): checked(p.assign(p_NORMAL=p["p_NORMAL"] + .01))
+    with pytest.raises(CourseError, match="sum to one"): validate_predictions(p.assign(p_NORMAL=p["p_NORMAL"] + .01))
     with pytest.raises(CourseError, match="1 of 200 images have no usable"):
-        checked(p.assign(p_NORMAL=[np.nan, *p["p_NORMAL"][1:]]))
-    with pytest.raises(CourseError, match="every class"): checked(p.drop(columns="p_NORMAL"))
+        validate_predictions(p.assign(p_NORMAL=[np.nan, *p["p_NORMAL"][1:]]))
+    with pytest.raises(CourseError, match="every class"): validate_predictions(p.drop(columns="p_NORMAL"))
     with pytest.raises(CourseError, match="known truth"):
-        checked(p.assign(label=pd.Categorical([None] * 200, ["NORMAL", "PNEUMONIA"])))
-    with pytest.raises(CourseError, match="between two classes"): report(films(kind="three"), threshold=.5)
-    with pytest.raises(CourseError, match="have no threshold"): decide(films(kind="many"), {"Mass": .5})
-    with pytest.raises(CourseError, match="common confusion matrix"): confusion(films(kind="many"))
+        validate_predictions(p.assign(label=pd.Categorical([None] * 200, ["NORMAL", "PNEUMONIA"])))
+    with pytest.raises(CourseError, match="between two classes"): evaluation_report(films(kind="three"), threshold=.5)
+    with pytest.raises(CourseError, match="have no threshold"): predict_labels(films(kind="many"), {"Mass": .5})
+    with pytest.raises(CourseError, match="common confusion matrix"): confusion_matrix(films(kind="many"))
 
 
 def test_absent_classes_unknown_labels_and_ties_are_counted_and_said():
-    many = aucs(films(kind="many"))
+    many = auc_by_task(films(kind="many"))
     assert (
         np.isnan(many.loc["Hernia", "value"])
         and many.loc["Hernia", "note"] == "no image shows it"
@@ -274,7 +274,7 @@ def test_absent_classes_unknown_labels_and_ties_are_counted_and_said():
     p.loc[:9, "label"] = None
     p["p_PNEUMONIA"] = p["p_PNEUMONIA"].round(1)
     p["p_NORMAL"] = 1 - p["p_PNEUMONIA"]
-    notes = " ".join(report(p, times=50).notes)
+    notes = " ".join(evaluation_report(p, times=50).notes)
     assert (
         "10 of 200 images have no label" in notes
         and "Tied scores" in notes
@@ -283,40 +283,40 @@ def test_absent_classes_unknown_labels_and_ties_are_counted_and_said():
     known = p["label"].notna()
     assert (
         abs(
-            auc(*questions(p)["PNEUMONIA"])
+            auc(*binary_tasks(p)["PNEUMONIA"])
             - metrics.roc_auc_score(p["label"][known] == "PNEUMONIA", p["p_PNEUMONIA"][known])
         )
         < 1e-12
     )
-    assert confusion(p, .5).to_numpy().sum() == 190
+    assert confusion_matrix(p, .5).to_numpy().sum() == 190
     sick = films()
-    only = report(sick[sick["label"] == "PNEUMONIA"], threshold=.5, times=50)
+    only = evaluation_report(sick[sick["label"] == "PNEUMONIA"], threshold=.5, times=50)
     assert "every image shows it" in " ".join(only.notes) and only.html()
 
 
 def test_perfect_separation_is_not_called_certain():
     p = films(40).assign(p_PNEUMONIA=lambda d: np.where(d["label"] == "PNEUMONIA", 0.9, 0.1),
                          p_NORMAL=lambda d: 1 - d["p_PNEUMONIA"])
-    row = aucs(p).iloc[0]
+    row = auc_by_task(p).iloc[0]
     assert (
         row["value"] == 1
         and np.isnan(row["low"])
         and "cannot say" in row["note"]
-        and report(p, threshold=0.5, times=50).html()
+        and evaluation_report(p, threshold=0.5, times=50).html()
     )
 
 
 def test_three_classes_agree_with_scikit_learn():
     p = films(kind="three")
-    said = decide(p)
+    said = predict_labels(p)
     names = list(p["label"].cat.categories)
-    assert (confusion(p).to_numpy() == metrics.confusion_matrix(p["label"].astype(str), said.astype(str),
+    assert (confusion_matrix(p).to_numpy() == metrics.confusion_matrix(p["label"].astype(str), said.astype(str),
                                                                 labels=names)).all()
     theirs = metrics.classification_report(p["label"].astype(str), said.astype(str), output_dict=True)
-    for c, row in by_class(p).iterrows():
+    for c, row in classification_report(p).iterrows():
         for ours, key in (("precision", "precision"), ("recall", "recall"), ("f1", "f1-score")):
             assert abs(row[ours].value - theirs[c][key]) < 1e-12
-    m = errors(p)
+    m = error_breakdown(p)
     sick = (p["label"] != "NORMAL").to_numpy()
     assert (
         m.loc["missed", "images"] == ((said == "NORMAL").to_numpy() & sick).sum()
@@ -326,7 +326,7 @@ def test_three_classes_agree_with_scikit_learn():
     assert abs(m.loc["right, sick or healthy",
                      "share"].value - ((said != "NORMAL").to_numpy() == sick).mean()) < 1e-12
     macro = metrics.roc_auc_score(p["label"].cat.codes, p[[f"p_{c}" for c in names]], multi_class="ovr")
-    assert abs(aucs(p).loc["macro", "value"] - macro) < 1e-12
+    assert abs(auc_by_task(p).loc["macro", "value"] - macro) < 1e-12
 
 
 def test_small_groups_are_not_spoken_of():
@@ -347,7 +347,7 @@ def test_subgroups_without_size_or_age_are_quiet():
     p["height"] = p["width"] = pd.array([pd.NA] * 200, dtype="Int64")
     assert (
         set(subgroups(p, threshold=0.5, times=50)["by"]) == {"sex", "source"}
-        and report(p, threshold=0.5, times=50).png()
+        and evaluation_report(p, threshold=0.5, times=50).png()
     )
 
 
@@ -369,12 +369,12 @@ def test_bca_is_that_of_scipy(statistic, decimals, level):
     theirs = bootstrap((x,), statistic, method="BCa", n_resamples=1999, confidence_level=level,
                        rng=np.random.default_rng(1))
     left = np.array([statistic(np.delete(x, i)) for i in range(len(x))])
-    ours = interval(float(statistic(x)), theirs.bootstrap_distribution, left, level)
+    ours = bootstrap_ci(float(statistic(x)), theirs.bootstrap_distribution, left, level)
     assert (
         abs(ours.low - theirs.confidence_interval.low) < 1e-9
         and abs(ours.high - theirs.confidence_interval.high) < 1e-9
     )
-    plain = interval(float(statistic(x)), theirs.bootstrap_distribution, None, level)
+    plain = bootstrap_ci(float(statistic(x)), theirs.bootstrap_distribution, None, level)
     assert abs(plain.low - ours.low) + abs(plain.high - ours.high) > .03 * (ours.high - ours.low)
 
 
@@ -385,7 +385,7 @@ def test_the_bca_interval_of_an_auc_is_that_of_scipy(decimals):
     s = np.round(g.exponential(size=80) + 1.2 * y, decimals)
     theirs = bootstrap((np.arange(80),), lambda i: auc(y[i], s[i]), method="BCa", n_resamples=999,
                        vectorized=False, rng=np.random.default_rng(2))
-    ours = interval(auc(y, s), theirs.bootstrap_distribution, left_out_auc(y, s, np.arange(80), 80))
+    ours = bootstrap_ci(auc(y, s), theirs.bootstrap_distribution, jackknife_auc(y, s, np.arange(80), 80))
     assert (
         abs(ours.low - theirs.confidence_interval.low) < 1e-9
         and abs(ours.high - theirs.confidence_interval.high) < 1e-9
@@ -396,45 +396,45 @@ def test_fewer_than_twenty_usable_studies_give_no_interval():
     usable = np.linspace(.6, .9, 20)
     gone = np.full(980, np.nan)
     assert (
-        np.isnan(interval(0.8, np.r_[usable[:19], gone]).low)
-        and "too few" in interval(0.8, np.r_[usable[:19], gone]).note
+        np.isnan(bootstrap_ci(0.8, np.r_[usable[:19], gone]).low)
+        and "too few" in bootstrap_ci(0.8, np.r_[usable[:19], gone]).note
     )
-    kept = interval(.8, np.r_[usable, gone])
+    kept = bootstrap_ci(.8, np.r_[usable, gone])
     assert .6 <= kept.low < kept.high <= .9 and "980 of 1000" in kept.note
-    assert np.isnan(interval(float("nan"), usable).value)
+    assert np.isnan(bootstrap_ci(float("nan"), usable).value)
 
 
 @pytest.mark.parametrize("hits, low, high", [(20, .566, 1), (0, 0, .434)])
 def test_all_or_none_are_counted_by_patient(hits, low, high):
     "Twenty images of five patients are worth five: Wilson's interval for 5 of 5, not for 20 of 20 (which begins at .839)."
     hit = np.arange(20) < hits
-    est = share(hit, np.repeat(list("abcde"), 4))
+    est = proportion_ci(hit, np.repeat(list("abcde"), 4))
     assert (round(est.low, 3), round(est.high, 3)) == (low, high)
     theirs = binomtest(5 * hits // 20, 5).proportion_ci(method="wilson")
     assert abs(est.low - theirs.low) < 1e-12 and abs(est.high - theirs.high) < 1e-12
     # nearly all of them one patient's: worth less still
-    unequal = share(hit, np.repeat(list("abcde"), [16, 1, 1, 1, 1]))
+    unequal = proportion_ci(hit, np.repeat(list("abcde"), [16, 1, 1, 1, 1]))
     assert unequal.high - unequal.low > est.high - est.low
     single = binomtest(hits, 20).proportion_ci(method="wilson")
     for keys in (None, np.arange(20)):
-        assert np.allclose(share(hit, keys)[1:3], [single.low, single.high], atol=1e-12)
+        assert np.allclose(proportion_ci(hit, keys)[1:3], [single.low, single.high], atol=1e-12)
 
 
 def test_a_share_needs_a_patient_for_every_image():
-    with pytest.raises(CourseError, match="one patient an image"): share(np.ones(20), range(19))
-    assert np.isnan(share([]).value) and share([]).note == "nothing to count"
+    with pytest.raises(CourseError, match="one patient an image"): proportion_ci(np.ones(20), range(19))
+    assert np.isnan(proportion_ci([]).value) and proportion_ci([]).note == "nothing to count"
 
 
 @pytest.mark.parametrize("call, words", [
     (lambda y, s: auc(y, s[1:]), "one value an image"),
     (lambda y, s: auc(s, y), "truth, then score"),
-    (lambda y, s: compare(y, s, s[1:]), "on the same images"),
-    (lambda y, s: compare(y, s, s, range(3)), "one value an image"),
-    (lambda y, s: compare(s, y, s), "truth, then score"),
-    (lambda y, s: compare(films(), y, s), "compare_models"),
-    (lambda y, s: auc_interval(y, s, range(3)), "one value an image"),
+    (lambda y, s: delong_test(y, s, s[1:]), "on the same images"),
+    (lambda y, s: delong_test(y, s, s, range(3)), "one value an image"),
+    (lambda y, s: delong_test(s, y, s), "truth, then score"),
+    (lambda y, s: delong_test(films(), y, s), "compare_models"),
+    (lambda y, s: auc_ci(y, s, range(3)), "one value an image"),
     (lambda y, s: operating_points(y, s, [.5], range(3)), "one value an image"),
-    (lambda y, s: ratio(y, s, range(3)), "one value an image"),
+    (lambda y, s: ratio_ci(y, s, range(3)), "one value an image"),
 ])
 def test_arrays_that_do_not_belong_together_are_refused_in_words(call, words):
     y, s = np.array([1., 0, 1, 0, 1]), np.array([.9, .8, .7, .2, .1])
@@ -442,7 +442,7 @@ def test_arrays_that_do_not_belong_together_are_refused_in_words(call, words):
 
 
 def test_models_of_one_class_are_not_compared():
-    gap, p = compare(np.ones(5), np.arange(5.), np.arange(5.))
+    gap, p = delong_test(np.ones(5), np.arange(5.), np.arange(5.))
     assert np.isnan(gap.value) and gap.note == "every image shows it" and np.isnan(p)
 
 
@@ -453,8 +453,8 @@ def test_frames_are_compared_image_by_image(kind):
     p = one[columns].to_numpy() ** .5 * g.uniform(.5, 1, (200, len(columns)))
     other = one.assign(**dict(zip(columns, (p if kind == "many" else p / p.sum(axis=1, keepdims=True)).T)))
     found = compare_models(one, other.sample(frac=1, random_state=1))
-    for name, (y, s) in questions(one).items():
-        gap, chance = compare(y, s, other[f"p_{name}"].to_numpy(), one["patient"])
+    for name, (y, s) in binary_tasks(one).items():
+        gap, chance = delong_test(y, s, other[f"p_{name}"].to_numpy(), one["patient"])
         assert np.allclose(found.loc[name, ["value", "low", "high", "p"]].astype(float), [*gap[:3], chance],
                            atol=1e-12, equal_nan=True)
     with pytest.raises(CourseError, match="1 images are only in the first, 0"):
@@ -478,7 +478,7 @@ def test_frames_of_other_questions_or_other_truths_are_not_compared():
 def test_one_mean_auc_for_every_kind():
     for kind in ("binary", "three", "many"):
         p = films(kind=kind)
-        assert abs(macro_auc(p) - aucs(p, times=50)["value"].iloc[-1]) < 1e-12
+        assert abs(macro_auc(p) - auc_by_task(p, times=50)["value"].iloc[-1]) < 1e-12
     sick = films()[lambda d: d["label"] == "PNEUMONIA"]
     assert np.isnan(macro_auc(sick))
 
@@ -501,7 +501,7 @@ def test_predictions_of_scikit_learn():
             )
             < 0.01
         )
-        assert report(made, threshold=.5 if k == 2 else None, times=50).html()
+        assert evaluation_report(made, threshold=.5 if k == 2 else None, times=50).html()
         for truth in (
             np.array(names)[y], list(np.array(names)[y]), pd.Series(y),
             pd.Series(np.array(names)[y]).astype("category"), y[:, None], y.astype(float),
@@ -529,13 +529,13 @@ def test_predictions_of_another_library_and_findings_with_gaps():
     made = predictions_frame(Tensor(truth), Tensor(p), names=["Effusion", "Mass", "Hernia"],
                              patients=range(200), about={"age": [40.0] * 200, "smoker": [1] * 200})
     # a column about the patient is no finding
-    assert list(questions(made)) == ["Effusion", "Mass", "Hernia"] and made["smoker"].sum() == 200
+    assert list(binary_tasks(made)) == ["Effusion", "Mass", "Hernia"] and made["smoker"].sum() == 200
     known = ~np.isnan(truth[:, 0])
-    assert abs(auc(*questions(made)["Effusion"]) - metrics.roc_auc_score(truth[known, 0], p[known, 0])) < 1e-6
+    assert abs(auc(*binary_tasks(made)["Effusion"]) - metrics.roc_auc_score(truth[known, 0], p[known, 0])) < 1e-6
     alone = predictions_frame(truth[:, 0], p[:, 0], names=["Effusion"], patients=range(200))
-    assert report(alone, threshold=.5, times=50).html() and list(questions(alone)) == ["Effusion"]
+    assert evaluation_report(alone, threshold=.5, times=50).html() and list(binary_tasks(alone)) == ["Effusion"]
     assert evaluate(alone,
-                    times=50)["of"].unique().tolist() == ["Effusion"] and report(alone, times=50).sentences
+                    times=50)["of"].unique().tolist() == ["Effusion"] and evaluation_report(alone, times=50).sentences
 
 
 @pytest.mark.parametrize("change, words", [
@@ -556,11 +556,11 @@ def test_predictions_that_cannot_be_are_refused_in_words(change, words):
 def test_frames_that_lack_columns_are_told_so_or_do_without(lacking):
     p = films().drop(columns=lacking)
     if "patient" in lacking:
-        for call in (evaluate, report, aucs, subgroups, by_class, errors, plot_roc):
+        for call in (evaluate, evaluation_report, auc_by_task, subgroups, classification_report, error_breakdown, plot_roc):
             with pytest.raises(CourseError, match="no column `patient`"): call(p)
         return
-    assert report(p, threshold=.5, times=50).html()
-    with pytest.raises(CourseError, match="no usable probability"): checked(p.assign(p_NORMAL=2.))
+    assert evaluation_report(p, threshold=.5, times=50).html()
+    with pytest.raises(CourseError, match="no usable probability"): validate_predictions(p.assign(p_NORMAL=2.))
 
 
 def test_a_file_from_any_program(tmp_path):
@@ -569,7 +569,7 @@ def test_a_file_from_any_program(tmp_path):
         p[["path", "patient", "label", "age", "p_NORMAL",
            "p_PNEUMONIA"]].to_csv(tmp_path / "ours.csv", index=False, sep=sep)
         read = read_predictions(tmp_path / "ours.csv")
-        assert aucs(read, times=50).equals(aucs(p, times=50)) and read["age"].tolist() == p["age"].tolist()
+        assert auc_by_task(read, times=50).equals(auc_by_task(p, times=50)) and read["age"].tolist() == p["age"].tolist()
     theirs = pd.DataFrame(dict(pid=[f"{i:03}" for i in range(200)],
                                dx=(p["label"] == "PNEUMONIA").astype(int), score=p["p_PNEUMONIA"]))
     theirs.to_csv(tmp_path / "theirs.csv", index=False)
@@ -581,7 +581,7 @@ def test_a_file_from_any_program(tmp_path):
     many[["path", "patient", "Effusion", "Mass", "p_Effusion",
           "p_Mass"]].to_csv(tmp_path / "many.csv", index=False)
     read = read_predictions(tmp_path / "many.csv")
-    assert list(questions(read)) == ["Effusion",
+    assert list(binary_tasks(read)) == ["Effusion",
                                      "Mass"] and read["Mass"].isna().sum() == many["Mass"].isna().sum()
     for name, change, match in (
         ("theirs.csv", dict(columns=None), "probability for every name"),

@@ -6,7 +6,7 @@ import pytest
 
 pytest.importorskip("keras")
 from cxr_course.core import CourseError
-from cxr_course.data.loading import load
+from cxr_course.data.loading import load_dataset
 from cxr_course.data.splits import hold_out
 from cxr_course.training import fit as fit_module
 from cxr_course.training.experiments import Experiment, changed, run_experiments
@@ -17,7 +17,7 @@ CHAIN = [START, changed(START, "smooth", "label smoothing", options=dict(smoothi
 
 
 @pytest.fixture(scope="module")
-def images(): return hold_out(load("sample", classes=3), fraction=.3, seed=0)
+def images(): return hold_out(load_dataset("sample", classes=3), fraction=.3, seed=0)
 
 
 @pytest.fixture(scope="module")

@@ -16,14 +16,14 @@ from scipy.stats import binomtest
 from cxr_course.core import CourseError, rng
 from cxr_course.data import shortcuts as shortcuts_module
 from cxr_course.data import exploration_page as exploration_page_module
-from cxr_course.data.exploration import cooccurrence, counts, glance, prevalence, shares, target_of
-from cxr_course.data.exploration_page import overview
+from cxr_course.data.exploration import cooccurrence, count_images, image_features, prevalence, finding_shares, target_of
+from cxr_course.data.exploration_page import write_overview
 from cxr_course.data.exploration_plots import (
     plot_cooccurrence, plot_counts, plot_patients, plot_prevalence, plot_shares, plot_shortcuts,
 )
 from cxr_course.data.image_plots import plot_average, plot_brightness, plot_sizes, show_classes
-from cxr_course.data.loading import load
-from cxr_course.data.shortcuts import shortcuts, widened_interval
+from cxr_course.data.loading import load_dataset
+from cxr_course.data.shortcuts import find_shortcuts, widened_interval
 from cxr_course.frame import make_frame, regroup
 
 
@@ -93,10 +93,10 @@ def test_the_interval_is_widened_by_nadeau_and_bengio():
 
 def test_the_interval_of_a_shortcut_is_the_widened_one(monkeypatch):
     f = people(60, age=lambda g, y, w: g.uniform(1, 6, w.max() + 1)[w])
-    wide = shortcuts(f).iloc[0]
+    wide = find_shortcuts(f).iloc[0]
     monkeypatch.setattr(shortcuts_module, "widened_interval", lambda value, again,
                         **k: np.percentile(again, [2.5, 97.5]))
-    plain = shortcuts(f).iloc[0]
+    plain = find_shortcuts(f).iloc[0]
     assert (wide[["low", "high"]] - wide["auc"]).to_numpy(float) == pytest.approx(
         1.5 * (plain[["low", "high"]] - plain["auc"]).to_numpy(float)
     )
@@ -106,7 +106,7 @@ def test_counts_with_unknown_labels_splits_and_patients():
     f = people(10)
     f.loc[0, ["label", "split", "patient"]] = None
     f = regroup(f, "image")
-    n = counts(f)
+    n = count_images(f)
     assert n.loc["no split", ["healthy", "ill", "films", "patients", "nobody"]].tolist() == [0, 0, 1, 0, 1]
     assert n.loc["all", "films"] == len(f) and n.loc["all", ["healthy", "ill"]].sum() == len(f) - 1
     assert prevalence(f)["films"].tolist() == [len(f) - 1] * 2
@@ -120,17 +120,17 @@ def test_findings_keep_their_unknowns():
     assert prevalence(f)[["films", "positive"]].to_numpy().tolist() == [[4, 2], [4, 2]]
     assert target_of(f)[0].tolist()[:3] == [1, 1,
                                             1] and np.isnan(target_of(f)[0][3]) and target_of(f)[0][4] == 0
-    assert shares(f.assign(view=["PA", "PA", "AP", "AP", None]),
+    assert finding_shares(f.assign(view=["PA", "PA", "AP", "AP", None]),
                   "view")["value"].tolist() == ["PA", "AP", "missing"]
 
 
 def test_unknown_words_are_refused():
-    with pytest.raises(CourseError, match="unknown class or finding 'TB'"): shortcuts(people(20), target="TB")
-    with pytest.raises(CourseError, match="no column 'ward'"): shares(people(20), "ward")
-    with pytest.raises(CourseError, match="nothing to try"): shortcuts(people(40))
+    with pytest.raises(CourseError, match="unknown class or finding 'TB'"): find_shortcuts(people(20), target="TB")
+    with pytest.raises(CourseError, match="no column 'ward'"): finding_shares(people(20), "ward")
+    with pytest.raises(CourseError, match="nothing to try"): find_shortcuts(people(40))
     with pytest.raises(CourseError, match="no image of this frame has a size"): plot_sizes(people(20))
     with pytest.raises(CourseError, match="have no patient"):
-        shortcuts(regroup(people(40).assign(patient=None, age=3.)))
+        find_shortcuts(regroup(people(40).assign(patient=None, age=3.)))
 
 
 def test_finds_a_tied_source_and_a_tied_age_and_nothing_else():
@@ -138,7 +138,7 @@ def test_finds_a_tied_source_and_a_tied_age_and_nothing_else():
                age=lambda g, y, w: (g.uniform(2, 5, w.max() + 1)[w] + 3 * (y == "ill")).round(1),
                view=lambda g, y, w: g.choice(["AP", "PA"], len(y)), height=lambda g, y,
                w: g.integers(200, 300, len(y)), width=lambda g, y, w: g.integers(200, 300, len(y)))
-    t = shortcuts(f).set_index("shortcut")
+    t = find_shortcuts(f).set_index("shortcut")
     assert t["suspicious"].to_dict() == {"age": True, "source": True, "view": False, "size": False,
                                          "aspect": False}
     assert t.loc["source",
@@ -151,25 +151,25 @@ def test_rarely_cries_wolf():
                  w: g.integers(200, 300, w.max() + 1)[w], width=lambda g, y,
                  w: g.integers(200, 300, w.max() + 1)[w], sex=lambda g, y,
                  w: g.choice(["F", "M"], w.max() + 1)[w])
-    t = pd.concat([shortcuts(people(80, seed=i, **noise)) for i in range(12)])
+    t = pd.concat([find_shortcuts(people(80, seed=i, **noise)) for i in range(12)])
     assert t["suspicious"].mean() <= .05 and ((t["low"] <= .5) & (t["high"] >= .5)).mean() > .85
 
 
 def test_unknown_age_is_a_witness_too():
     f = people(100, age=lambda g, y, w: np.where(y == "ill", g.uniform(20, 60, len(y)), np.nan))
-    assert shortcuts(f).set_index("shortcut").loc["age", "auc"] > .99
+    assert find_shortcuts(f).set_index("shortcut").loc["age", "auc"] > .99
 
 
 def test_the_same_answer_twice_and_with_any_number_of_threads(drawn):
-    a, b = glance(drawn, workers=1), glance(drawn, workers=4)
+    a, b = image_features(drawn, workers=1), image_features(drawn, workers=4)
     assert all(np.array_equal(getattr(a, k), getattr(b, k))
                for k in ("mean", "grain", "hist", "corners", "border", "small"))
-    pd.testing.assert_frame_equal(shortcuts(drawn, a), shortcuts(drawn, b))
-    assert shortcuts(drawn, a).set_index("shortcut").loc["corners", "suspicious"]
+    pd.testing.assert_frame_equal(find_shortcuts(drawn, a), find_shortcuts(drawn, b))
+    assert find_shortcuts(drawn, a).set_index("shortcut").loc["corners", "suspicious"]
 
 
 def test_glances_follow_the_frame(drawn):
-    g, some = glance(drawn), drawn.sample(30, random_state=1)
+    g, some = image_features(drawn), drawn.sample(30, random_state=1)
     assert list(g.of(some).path) == some["path"].tolist()
     assert len(g.of(pd.concat([some, some]))) == 60
     assert g.corners[1, 0].max() > g.corners[0, 0].max() == g.corners[0].max() or g.corners[1, 0].max() > 220
@@ -186,30 +186,30 @@ def test_reads_what_chapter_02_opens(tmp_path, how):
         path = sorted(write_dataset(population(2, films=(2, 2), pixels=64), tmp_path / "d",
                                     "dicom").rglob("*.dcm"))[1]
         assert pydicom.dcmread(path).PhotometricInterpretation == "MONOCHROME1"
-        seen = glance(pd.DataFrame({"path": [str(path)]}))
+        seen = image_features(pd.DataFrame({"path": [str(path)]}))
         assert seen.small[0][24, 24] > seen.small[0][24, 12]                       # spine brighter than lung
         return
     {"16 bit": lambda: Image.fromarray(x.astype(np.uint16) * 257), "colour": lambda: im.convert("RGB"),
      "alpha": lambda: im.convert("RGBA"), "palette": lambda: im.convert("P"),
      "one pixel": lambda: im.resize((1, 1))}.get(how, lambda: im)().save(path)
-    assert glance(pd.DataFrame({"path": [str(path)]})).mean[0] == pytest.approx(.5, abs=.02)
+    assert image_features(pd.DataFrame({"path": [str(path)]})).mean[0] == pytest.approx(.5, abs=.02)
 
 
 def test_a_damaged_film_is_named_or_skipped(drawn, tmp_path):
     Path(drawn["path"][3]).write_bytes(Path(drawn["path"][3]).read_bytes()[:60])
-    with pytest.raises(CourseError, match="3.png"): glance(drawn)
-    g = glance(drawn, skip_bad=True)
-    assert np.isnan(g.mean[3]) and shortcuts(drawn, g)["films"].eq(79).all()
-    with pytest.raises(CourseError, match="3.png"): overview(drawn, tmp_path / "page")
+    with pytest.raises(CourseError, match="3.png"): image_features(drawn)
+    g = image_features(drawn, skip_bad=True)
+    assert np.isnan(g.mean[3]) and find_shortcuts(drawn, g)["films"].eq(79).all()
+    with pytest.raises(CourseError, match="3.png"): write_overview(drawn, tmp_path / "page")
     assert not [p for p in tmp_path.iterdir() if "page" in p.name]
 
 
 def test_every_plot_is_a_figure_and_none_is_left_open(drawn):
     import matplotlib.pyplot as plt
-    g, before = glance(drawn), len(plt.get_fignums())
+    g, before = image_features(drawn), len(plt.get_fignums())
     both = make_frame(drawn.drop(columns="label").assign(Edema=(drawn["label"] == "ill").astype(float),
                                                          Mass=0.0), findings=["Edema", "Mass"])
-    found = shortcuts(drawn, g)
+    found = find_shortcuts(drawn, g)
     figures = [plot_counts(drawn), plot_counts(both), plot_patients(drawn), plot_prevalence(prevalence(both)),
                plot_cooccurrence(both), plot_sizes(drawn), plot_sizes(both, by=["split"]),
                plot_brightness(both, g), plot_shares(drawn.assign(view=["AP", "PA"] * 40)),
@@ -221,7 +221,7 @@ def test_every_plot_is_a_figure_and_none_is_left_open(drawn):
 
 
 def test_the_page_needs_nothing_but_itself(drawn, tmp_path):
-    page = overview(drawn.assign(view=["AP", "PA"] * 40), tmp_path / "page", title="Eighty <b> films")
+    page = write_overview(drawn.assign(view=["AP", "PA"] * 40), tmp_path / "page", title="Eighty <b> films")
     text = page.read_text(encoding="utf-8")
     assert re.findall(r"(?:src|href)='(?!data:)",
                       text) == [] and "prefers-color-scheme:dark" in text and "Eighty &lt;b&gt; films" in text
@@ -231,31 +231,31 @@ def test_the_page_needs_nothing_but_itself(drawn, tmp_path):
         and text.count("<figure>") == text.count("<h2>") >= 8
     )
     assert pd.read_csv(page.parent / "shortcuts.csv").set_index("shortcut").loc["corners", "suspicious"]
-    with pytest.raises(CourseError, match="never overwritten"): overview(drawn, tmp_path / "page")
+    with pytest.raises(CourseError, match="never overwritten"): write_overview(drawn, tmp_path / "page")
 
 
 def test_the_page_says_when_nobody_is_known(drawn, tmp_path):
-    text = overview(make_frame(drawn.assign(patient=None, group=None)),
+    text = write_overview(make_frame(drawn.assign(patient=None, group=None)),
                     tmp_path / "page").read_text(encoding="utf-8")
     assert "or else the image, counts as one" in text and "80 images without one" in text
-    few = overview(drawn.head(6), tmp_path / "few").read_text(encoding="utf-8")
+    few = write_overview(drawn.head(6), tmp_path / "few").read_text(encoding="utf-8")
     assert "No search for shortcuts: too few patients" in few
 
 
 def test_a_killed_page_leaves_nothing(drawn, tmp_path, monkeypatch):
     monkeypatch.setattr(exploration_page_module, "plot_average",
                         lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
-    with pytest.raises(KeyboardInterrupt): overview(drawn, tmp_path / "page")
+    with pytest.raises(KeyboardInterrupt): write_overview(drawn, tmp_path / "page")
     assert not [p for p in tmp_path.iterdir() if "page" in p.name]
 
 
 def test_only_an_impossible_search_leaves_a_page_without_shortcuts(drawn, tmp_path, monkeypatch):
     "Any other error, a CourseError too, is told and not hidden in a footnote of the page."
     with pytest.raises(CourseError, match="unknown class or finding 'TB'"):
-        overview(drawn, tmp_path / "a", pixels=False, target="TB")
+        write_overview(drawn, tmp_path / "a", pixels=False, target="TB")
     def wrong(*a): raise CourseError("a mistake of ours")
     monkeypatch.setattr(exploration_page_module, "shortcuts", wrong)
-    with pytest.raises(CourseError, match="a mistake of ours"): overview(drawn, tmp_path / "b", pixels=False)
+    with pytest.raises(CourseError, match="a mistake of ours"): write_overview(drawn, tmp_path / "b", pixels=False)
     assert not [p for p in tmp_path.iterdir() if p.suffix != ".png"]
 
 
@@ -264,8 +264,8 @@ def test_columns_beside_the_findings_are_no_findings():
                  weight=50 + i) for i in range(40)]
     f = make_frame(rows, findings=["Effusion"])
     assert list(prevalence(f)["finding"]) == ["Effusion"] and list(cooccurrence(f)) == ["Effusion"]
-    assert counts(f).columns.tolist() == ["Effusion", "films", "patients",
-                                          "nobody"] and shares(f, "weight")["films"].sum() == 40
+    assert count_images(f).columns.tolist() == ["Effusion", "films", "patients",
+                                          "nobody"] and finding_shares(f, "weight")["films"].sum() == 40
 
 
 def test_importing_is_light():
@@ -277,8 +277,8 @@ def test_importing_is_light():
 
 
 def test_real_size_shortcut(real_data):
-    f = load(real_data / "kaggle_full_size" / "chest_xray", unknown="image")
-    t = shortcuts(f, glance(f)).set_index("shortcut")
+    f = load_dataset(real_data / "kaggle_full_size" / "chest_xray", unknown="image")
+    t = find_shortcuts(f, image_features(f)).set_index("shortcut")
     assert (
         t.loc["size", "suspicious"]
         and t.loc["size", "auc"] > 0.85
@@ -288,7 +288,7 @@ def test_real_size_shortcut(real_data):
 
 def test_real_children_among_adults(real_data):
     root = real_data / "covid_qu_ex_layout"
-    adults = load(root, classes=2)
+    adults = load_dataset(root, classes=2)
     adults = adults.loc[adults["label"] == "Normal", "path"].tolist()
     f = make_frame(
         [
@@ -299,12 +299,12 @@ def test_real_children_among_adults(real_data):
         ["other", "child"],
         unknown="image",
     )
-    t = shortcuts(f, glance(f)).set_index("shortcut")
+    t = find_shortcuts(f, image_features(f)).set_index("shortcut")
     assert t.loc[["grain", "border", "corners"], "suspicious"].all() and t.loc["border", "auc"] > .95
 
 
 def test_the_whole_label_table_in_seconds(real_data):
-    f = load(real_data / "nih" / "labels" / "Data_Entry_2017_v2020.csv.gz")
+    f = load_dataset(real_data / "nih" / "labels" / "Data_Entry_2017_v2020.csv.gz")
     start = time.perf_counter()
     p, n = prevalence(f).set_index("finding"), cooccurrence(f)
     assert (
@@ -312,6 +312,6 @@ def test_the_whole_label_table_in_seconds(real_data):
         and len(f) == 112120
         and p.loc["Pneumonia", "positive"] == n.loc["Pneumonia", "Pneumonia"] == 1431
     )
-    assert shortcuts(f,
+    assert find_shortcuts(f,
                      target="Edema").set_index("shortcut").loc["view",
                                                                "auc"] == pytest.approx(0.744, abs=0.02)

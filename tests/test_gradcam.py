@@ -8,7 +8,7 @@ import tensorflow as tf
 
 from cxr_course.core import CourseError, rng
 from cxr_course.data import loading
-from cxr_course.data.files import shape_of
+from cxr_course.data.files import image_shape
 from cxr_course.data.resize import resize, to_png
 from cxr_course.explain.cam import saliency
 from cxr_course.explain.maps import CAM_METHODS, explain, is_empty, overlay_map, show_explanations
@@ -311,7 +311,7 @@ def test_files(dense, films, tmp_path):
     found = list(explain_files(dense, ["NORMAL", "PNEUMONIA"], paths, "PNEUMONIA"))
     assert len(found) == 2 and found[0]["heat"].shape == found[0]["film"].shape == (99, 141)
     out = save_overlay(found[0], tmp_path / "out" / "a.png")
-    assert out.read_bytes()[:4] == b'\x89PNG' and shape_of(out)[1] > 300
+    assert out.read_bytes()[:4] == b'\x89PNG' and image_shape(out)[1] > 300
     listed = save_overlays(found + found[:1], tmp_path / "all")
     assert (
         listed["overlay"].nunique() == 3
@@ -329,7 +329,7 @@ def test_files(dense, films, tmp_path):
 
 
 def test_boxes_of_real_films(real_data):
-    boxes = loading.boxes(real_data / "nih")
+    boxes = loading.read_boxes(real_data / "nih")
     assert len(boxes) == 984 and boxes["name"].nunique() == 880
     films = pd.DataFrame(dict(path=boxes["name"].unique(), height=64, width=64))
     masks = box_masks(films, boxes, "Cardiomegaly", (64, 64), drawn_on=(1024, 1024))

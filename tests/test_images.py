@@ -12,12 +12,12 @@ import pytest
 from PIL import Image
 
 from cxr_course.core import CourseError
-from cxr_course.data.checks import check
+from cxr_course.data.checks import check_dataset
 from cxr_course.data.duplicates import find_duplicates, thumbnail
-from cxr_course.data.exploration import glance, quick_read
-from cxr_course.data.exploration_page import overview
-from cxr_course.data.files import blame_file, shape_of
-from cxr_course.data.loading import load
+from cxr_course.data.exploration import image_features, quick_read
+from cxr_course.data.exploration_page import write_overview
+from cxr_course.data.files import blame_file, image_shape
+from cxr_course.data.loading import load_dataset
 from cxr_course.data.privacy import identity_tags, strip_identity
 from cxr_course.data.read import apply_window, read_image
 from cxr_course.data.resize import crop_resize, crop_to_aspect, letterbox, resize, to_png
@@ -70,7 +70,7 @@ def close(a, b, most=.003):
 ])
 def test_modes(tmp_path, name, make):
     make().save(tmp_path / name)
-    assert close(read_image(tmp_path / name), RAMP) and shape_of(tmp_path / name) == RAMP.shape
+    assert close(read_image(tmp_path / name), RAMP) and image_shape(tmp_path / name) == RAMP.shape
 
 
 def test_bilevel_is_read(tmp_path):
@@ -112,7 +112,7 @@ def test_orientation_of_a_camera(tmp_path, turn):
     exif[0x0112] = turn
     Image.fromarray(EIGHT).save(tmp_path / "x.jpeg", exif=exif, quality=95)
     x = read_image(tmp_path / "x.jpeg")
-    assert x.shape == shape_of(tmp_path / "x.jpeg") == (RAMP.shape if turn < 5 else RAMP.shape[::-1])
+    assert x.shape == image_shape(tmp_path / "x.jpeg") == (RAMP.shape if turn < 5 else RAMP.shape[::-1])
     assert read_image(tmp_path / "x.jpeg", at_least=(30, 30)).min() >= 0
 
 
@@ -256,7 +256,7 @@ def test_whoever_looks_at_a_dicom_file_sees_the_same(tmp_path, case):
     x = read_image(dicom(tmp_path / "a.dcm", stored.astype(stored.dtype), **tags))
     # bones are white, whatever the file asks for
     assert np.abs(x[10:] - RAMP[10:]).max() < .006
-    look = glance(pd.DataFrame({"path": [str(tmp_path / "a.dcm")]}))
+    look = image_features(pd.DataFrame({"path": [str(tmp_path / "a.dcm")]}))
     small = thumbnail(tmp_path / "a.dcm")
     assert look.mean[0] == pytest.approx(x.mean(), abs=1e-6) and look.small[0].mean() / 255 == pytest.approx(
         x.mean(), abs=0.01
@@ -285,7 +285,7 @@ def test_near_duplicates_of_dicom_files_are_found(tmp_path):
         rows += [dict(path=str(tmp_path / f"{case}.{end}"), label="ab"[i % 2], patient=case, split="train")
                  for end in ("dcm", "png")]
     f = make_frame(rows)
-    pairs = check(f).pairs
+    pairs = check_dataset(f).pairs
     assert len(pairs) == len(ODD) and (pairs["patient_a"] == pairs["patient_b"]).all()
     found = find_duplicates(f[f["path"].str.endswith("dcm")], f[f["path"].str.endswith("png")], near=True)
     assert sorted(Path(p).stem for p in found["one"]) == sorted(Path(p).stem
@@ -299,10 +299,10 @@ def test_a_coloured_dicom_stops_nobody_without_being_named(tmp_path):
         dicom(tmp_path / f"{i}.dcm", np.stack([chest, chest // (3 if i == 5 else 1), chest], -1))
     f = make_frame([dict(path=str(tmp_path / f"{i}.dcm"), label="ab"[i % 2], patient=str(i), split="train")
                     for i in range(12)])
-    found = check(f)
+    found = check_dataset(f)
     assert [Path(p).name for p in found.bad["path"]] == ["5.dcm"] and "colour image" in found.bad["error"][0]
-    with pytest.raises(CourseError, match="colour image(.|\n)*5.dcm"): overview(f, tmp_path / "page")
-    text = overview(f, tmp_path / "page", skip_bad=True).read_text()
+    with pytest.raises(CourseError, match="colour image(.|\n)*5.dcm"): write_overview(f, tmp_path / "page")
+    text = write_overview(f, tmp_path / "page", skip_bad=True).read_text()
     assert "Greys" in text and len(found.readable) == 11
 
 
@@ -318,11 +318,11 @@ def test_a_mistake_of_ours_is_never_taken_for_a_bad_file(tmp_path, monkeypatch, 
     f = make_frame([dict(path=str(tmp_path / file), label="x")])
     for look in (read_image, thumbnail, quick_read):
         with pytest.raises(mistake, match="typing error"): look(tmp_path / file)
-    with pytest.raises(mistake, match="typing error"): check(f)
-    with pytest.raises(mistake, match="typing error"): glance(f, skip_bad=True)
+    with pytest.raises(mistake, match="typing error"): check_dataset(f)
+    with pytest.raises(mistake, match="typing error"): image_features(f, skip_bad=True)
     if module is files:
         (tmp_path / "t.csv").write_text("path,label\na.png,x\na.dcm,y\n")
-        with pytest.raises(mistake, match="typing error"): load(tmp_path / "t.csv", skip_bad=True)
+        with pytest.raises(mistake, match="typing error"): load_dataset(tmp_path / "t.csv", skip_bad=True)
 
 
 def test_what_a_library_says_of_damage_is_damage(tmp_path):
@@ -355,7 +355,7 @@ def nifti(path, x, affine=None, **head):
 
 def test_nifti_window_of_the_header(tmp_path):
     p = nifti(tmp_path / "a.nii.gz", EIGHT.T[..., None].astype(np.int16), cal_min=0, cal_max=255)
-    assert close(read_image(p), RAMP) and shape_of(p) == RAMP.shape
+    assert close(read_image(p), RAMP) and image_shape(p) == RAMP.shape
 
 
 def test_nifti_two(tmp_path):
@@ -394,7 +394,7 @@ def test_no_file_and_a_folder(tmp_path):
 def test_rubbish_is_refused_by_name(tmp_path, content):
     (tmp_path / "film.png").write_bytes(content)
     with pytest.raises(CourseError, match="film.png"): read_image(tmp_path / "film.png")
-    with pytest.raises(CourseError, match="film.png"): shape_of(tmp_path / "film.png")
+    with pytest.raises(CourseError, match="film.png"): image_shape(tmp_path / "film.png")
 
 
 def png_header(width, height):
@@ -415,7 +415,7 @@ def png_header(width, height):
 @pytest.mark.parametrize("side", [10_001, 12_000, 30_000, 2_000_000_000])
 def test_a_bomb_is_seen_in_the_header(tmp_path, side):
     (tmp_path / "bomb.png").write_bytes(png_header(side, side))
-    for look in (read_image, shape_of):
+    for look in (read_image, image_shape):
         with pytest.raises(CourseError, match="bomb.png|not decoded"): look(tmp_path / "bomb.png")
 
 
@@ -500,7 +500,7 @@ def test_npz_member(tmp_path):
     x = np.stack([EIGHT, EIGHT[::-1], 255 - EIGHT])
     np.savez_compressed(tmp_path / "x.npz", train_images=x, colour=np.stack([x] * 3, -1))
     assert close(read_image(f"{tmp_path / 'x.npz'}::train_images::2"),
-                 1 - RAMP) and shape_of(f"{tmp_path / 'x.npz'}::train_images::0") == RAMP.shape
+                 1 - RAMP) and image_shape(f"{tmp_path / 'x.npz'}::train_images::0") == RAMP.shape
     assert close(read_image(f"{tmp_path / 'x.npz'}::colour::0"), RAMP)
     for member in ("::train_images::3", "::nothing::0", "::train_images::x", "", "::train_images"):
         with pytest.raises(CourseError, match="x.npz"): read_image(f"{tmp_path / 'x.npz'}{member}")
@@ -599,7 +599,7 @@ def test_real_films(real_data):
     films = sorted((real_data / "kaggle_full_size").rglob("*.jpeg"))[::8]
     for p in films:
         x = read_image(p)
-        assert x.shape == shape_of(p) and 0 <= x.min() and np.ptp(x) > .4 and x.max() <= 1
+        assert x.shape == image_shape(p) and 0 <= x.min() and np.ptp(x) > .4 and x.max() <= 1
         assert np.abs(crop_resize(read_image(p, at_least=(224, 224)),
                                   (224, 224)) - crop_resize(x, (224, 224))).mean() < 0.01
     for p in [

@@ -11,19 +11,19 @@ from scipy.special import expit, log_softmax, softmax
 
 from cxr_course.core import CourseError, rng
 from cxr_course.data.building import build_store
-from cxr_course.data.loading import load
+from cxr_course.data.loading import load_dataset
 from cxr_course.data.splits import hold_out, official_split
-from cxr_course.evaluation.metrics import compare_models, eight, macro_auc
-from cxr_course.evaluation.predictions import predictions_frame, questions
-from cxr_course.evaluation.rare_findings import judged, plot_rocs
+from cxr_course.evaluation.metrics import compare_models, binary_metrics, macro_auc
+from cxr_course.evaluation.predictions import predictions_frame, binary_tasks
+from cxr_course.evaluation.rare_findings import judge_findings, plot_finding_rocs
 from cxr_course.evaluation.thresholds import choose_threshold
 from cxr_course.frame import make_frame, regroup
 from cxr_course.models.cnn import CNNSpec, build_cnn
 from cxr_course.models.finding_weights import (
-    class_weights, contributions, even_rows, frequencies, weighted_loss, weights,
+    class_weights, loss_contributions, balanced_sample, class_frequencies, weighted_loss, positive_negative_weights,
 )
 from cxr_course.models.losses import (
-    SigmoidLoss, SoftmaxLoss, cross_entropy, honest, loss_for, start_bias,
+    SigmoidLoss, SoftmaxLoss, cross_entropy, undo_weighting, loss_for, initial_bias,
 )
 from cxr_course.models.weights import load_model
 from cxr_course.phantom.findings import FINDINGS
@@ -65,21 +65,21 @@ def films(n=40, k=3, seed=0):
 
 def test_expected_figures_of_system_b():
     y = np.array([[1, 0, 0], [0, 1, 1], [1, 0, 1], [1, 1, 1], [1, 0, 1]])
-    p, n = frequencies(y)
+    p, n = class_frequencies(y)
     assert np.allclose(p, [.8, .4, .8]) and np.allclose(n, [.2, .6, .2])
     y = np.array([[1, 1, 1], [1, 1, 0], [0, 1, 0], [1, 0, 1]])
-    w_p, w_n = weights(frequencies(y)[0], even=False)
+    w_p, w_n = positive_negative_weights(class_frequencies(y)[0], even=False)
     assert w_p.tolist() == [.25, .25, .5] and w_n.tolist() == [.75, .75, .5]
     for p in (.7, .3): assert round(weighted_loss(y, np.full((4, 3), p), w_p, w_n, eps=1), 4) == -.4956
-    sides = contributions(y, w_p, w_n)
+    sides = loss_contributions(y, w_p, w_n)
     assert np.allclose(sides["with it"], sides["without it"])
-    assert np.allclose(contributions(y, *weights(frequencies(y)[0])), .5)
+    assert np.allclose(loss_contributions(y, *positive_negative_weights(class_frequencies(y)[0])), .5)
 
 
 def test_frequencies_and_weights_at_the_edges():
-    assert np.allclose(frequencies([1, np.nan, 0, 0])[0], 1 / 3)
-    assert np.isnan(frequencies([[np.nan], [np.nan]])[0]).all()
-    w_p, w_n = weights([0., 1., np.nan, .5, .002])
+    assert np.allclose(class_frequencies([1, np.nan, 0, 0])[0], 1 / 3)
+    assert np.isnan(class_frequencies([[np.nan], [np.nan]])[0]).all()
+    w_p, w_n = positive_negative_weights([0., 1., np.nan, .5, .002])
     assert w_p.tolist()[:4] == [1, 1, 1, 1] and np.isclose(w_p[4], 250) and np.isfinite([w_p, w_n]).all()
 
 
@@ -193,10 +193,10 @@ def test_equal_to_the_class_weights_of_keras(k):
 def test_honest_undoes_weights_and_focus():
     q = np.linspace(.01, .99, 99)
     p = make_frame(pd.DataFrame(dict(path="x", label=["A", "B"] * 49 + ["A"]))).assign(p_A=1 - q, p_B=q)
-    new = honest(p, SigmoidLoss(10., 2.))["p_B"].to_numpy()
+    new = undo_weighting(p, SigmoidLoss(10., 2.))["p_B"].to_numpy()
     assert np.allclose(np.log(new / (1 - new)), np.log(q / (1 - q)) + np.log(2 / 10))
-    assert honest(p, None) is p and np.allclose(honest(p, SigmoidLoss(3., 3.))["p_B"], q)
-    focal = honest(p, SigmoidLoss(.25, .75, 2.))["p_B"].to_numpy()
+    assert undo_weighting(p, None) is p and np.allclose(undo_weighting(p, SigmoidLoss(3., 3.))["p_B"], q)
+    focal = undo_weighting(p, SigmoidLoss(.25, .75, 2.))["p_B"].to_numpy()
     assert (np.diff(focal) > 0).all() and np.isfinite(focal).all()
     # what is said makes the expected loss smallest at the truth
     for eta, said in zip(focal[::10], q[::10]):
@@ -214,7 +214,7 @@ def test_true_odds_is_weighting_and_correcting_in_one():
         assert np.allclose(one, other, atol=1e-6)
     frame = make_frame(pd.DataFrame(dict(path=[str(i) for i in range(100)], split="train",
                                          F=np.r_[np.ones(5), np.zeros(95)])), findings=["F"])
-    start = start_bias(build_cnn(CNNSpec((2,), ()), (16, 16, 1), 1), frame, loss_for(frame, true_odds=True))
+    start = initial_bias(build_cnn(CNNSpec((2,), ()), (16, 16, 1), 1), frame, loss_for(frame, true_odds=True))
     assert np.isclose(start.layers[-1].layers[-1].bias.numpy()[0], np.log(5 / 95), atol=1e-5)
     for wrong in (dict(gamma=2.), dict(negative=0.)):
         with pytest.raises(CourseError, match="by a shift"):
@@ -248,7 +248,7 @@ def test_refusals():
 
 @pytest.fixture(scope="module")
 def store():
-    frame = hold_out(load("sample-nih"), .3)
+    frame = hold_out(load_dataset("sample-nih"), .3)
     frame.loc[frame.index[::5], "Effusion"] = np.nan
     return build_store(frame, (24, 24))
 
@@ -256,7 +256,7 @@ def store():
 @pytest.mark.parametrize("kind", ["weighted", "focal"])
 def test_an_epoch_with_unknown_labels(store, kind, tmp_path):
     loss = loss_for(store, kind)
-    model = start_bias(build_cnn(CNNSpec((4, 8), (8,)), (24, 24, 1), 14), store, loss)
+    model = initial_bias(build_cnn(CNNSpec((4, 8), (8,)), (24, 24, 1), 14), store, loss)
     run = fit(model, store, run=tmp_path / "run", epochs=1, loss=loss)
     assert np.isfinite(run.history[["loss", "val_loss"]]).all(axis=None)
     said = json.loads(run.card["training"]["loss"])
@@ -268,15 +268,15 @@ def test_an_epoch_with_unknown_labels(store, kind, tmp_path):
 
 @pytest.mark.parametrize("classes", [2, 3])
 def test_an_epoch_on_classes_drawn_evenly(classes, tmp_path):
-    frame = hold_out(load("sample", classes=classes), .3)
+    frame = hold_out(load_dataset("sample", classes=classes), .3)
     store = build_store(frame, (24, 24))
-    drawn = store.using(even_rows(store.frame, images=60))
+    drawn = store.using(balanced_sample(store.frame, images=60))
     assert (
         drawn.frame[drawn.frame["split"] == "train"]["label"].value_counts().tolist()
         == [60 // classes] * classes
     )
     loss = loss_for(store)
-    model = start_bias(build_cnn(CNNSpec((4,), (4,)), (24, 24, 1), 1 if classes == 2 else 3), store, loss)
+    model = initial_bias(build_cnn(CNNSpec((4,), (4,)), (24, 24, 1), 1 if classes == 2 else 3), store, loss)
     run = fit(model, drawn, run=tmp_path / "run", epochs=1, loss=loss)
     assert run.card["data"]["splits"]["train"]["images"] == 60 and np.isfinite(run.history["val_loss"]).all()
 
@@ -286,15 +286,15 @@ def test_start_bias_is_the_best_constant():
     frame = make_frame(pd.DataFrame(dict(path=[str(i) for i in range(100)], split="train", F=y, G=np.nan,
                                          H=0.0)), findings=["F", "G", "H"])
     model = build_cnn(CNNSpec((2,), ()), (16, 16, 1), 3)
-    bias = start_bias(model, frame).layers[-1].layers[-1].bias.numpy()
+    bias = initial_bias(model, frame).layers[-1].layers[-1].bias.numpy()
     assert np.allclose(bias[:2], [np.log(5 / 95), 0], atol=1e-5) and np.isfinite(bias).all() and bias[2] < -4
-    assert np.allclose(start_bias(model, frame, loss_for(frame)).layers[-1].layers[-1].bias.numpy()[0], 0,
+    assert np.allclose(initial_bias(model, frame, loss_for(frame)).layers[-1].layers[-1].bias.numpy()[0], 0,
                        atol=1e-5)
     three = make_frame(pd.DataFrame(dict(path=[str(i) for i in range(10)], split="train",
                                          label=list("AAAAAABBBC"))))
-    start = start_bias(model, three).layers[-1].layers[-1].bias.numpy()
+    start = initial_bias(model, three).layers[-1].layers[-1].bias.numpy()
     assert np.allclose(softmax(start), [.6, .3, .1], atol=1e-6)
-    assert np.allclose(np.ptp(start_bias(model, three, loss_for(three)).layers[-1].layers[-1].bias.numpy()),
+    assert np.allclose(np.ptp(initial_bias(model, three, loss_for(three)).layers[-1].layers[-1].bias.numpy()),
                        0, atol=1e-5)
 
 
@@ -303,14 +303,14 @@ def test_even_rows_findings_and_unknown_patients():
                                          patient=[f"p{i // 5}" for i in range(50)], split="train",
                                          F=[1.0] + [0.0] * 49, G=[0.0] * 40 + [1.0] * 10)),
                        findings=["F", "G"])
-    drawn = even_rows(frame, images=30, seed=3)
+    drawn = balanced_sample(frame, images=30, seed=3)
     assert (drawn["F"] == 1).sum() == 10 == (drawn["G"] == 1).sum() and drawn.equals(
-        even_rows(frame, images=30, seed=3)
+        balanced_sample(frame, images=30, seed=3)
     )
     assert drawn.loc[drawn["G"] == 1, "patient"].value_counts().tolist() == [5, 5]
     nobody = regroup(frame.assign(patient=None))
-    with pytest.raises(CourseError, match="no patient"): even_rows(nobody)
-    assert len(even_rows(regroup(nobody, "image"))) == 50
+    with pytest.raises(CourseError, match="no patient"): balanced_sample(nobody)
+    assert len(balanced_sample(regroup(nobody, "image"))) == 50
 
 
 def test_too_rare_to_judge():
@@ -322,7 +322,7 @@ def test_too_rare_to_judge():
                                          some=[1.0, 1.0, 0, 0] * 25 + [0.0] * 300,
                                          many=[1.0, 1.0, 0, 0] * 100)), findings=["rare", "some", "many"])
     p = frame.assign(p_rare=draw.random(n), p_some=draw.random(n), p_many=draw.random(n))
-    found = judged(p, times=50)
+    found = judge_findings(p, times=50)
     assert (
         found.loc["rare", "patients"] == 6
         and found.loc["rare", "positives"] == 12
@@ -332,11 +332,11 @@ def test_too_rare_to_judge():
     assert found.loc["some",
                      "note"] == "preliminary" and found.loc["many",
                                                             "note"] == "" and found.index[-1] == "rare"
-    assert len(plot_rocs(p, found, times=20).axes) == 5
+    assert len(plot_finding_rocs(p, found, times=20).axes) == 5
 
 
 def test_the_real_lists_share_patients(real_data):
-    frame = load(real_data / "nih").assign(split=None)
+    frame = load_dataset(real_data / "nih").assign(split=None)
     with pytest.raises(CourseError, match="share 15 patients"):
         official_split(frame, real_data / "nih" / "lists.json")
 
@@ -349,7 +349,7 @@ def test_more_patients_let_more_findings_be_judged():
         truth = world[list(FINDINGS)].to_numpy(float)
         p = predictions_frame(truth, rng("judged").random(truth.shape), names=FINDINGS,
                               patients=world["patient"])
-        found.append(judged(p, times=50)["value"].notna().sum())
+        found.append(judge_findings(p, times=50)["value"].notna().sum())
     assert found[1] > 8 > found[0], found
 
 
@@ -376,7 +376,7 @@ def fitted(x, y, loss):
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_weights_change_probabilities_and_not_the_ranking(seed):
-    "The claims of the lesson at a size where they hold: balanced weights say far too much, `honest` takes it back, and a moved threshold does what weights seem to do."
+    "The claims of the lesson at a size where they hold: balanced weights say far too much, `undo_weighting` takes it back, and a moved threshold does what weights seem to do."
     x, y, taught = ward(.01, seed=seed)
     balanced, found = SigmoidLoss.from_labels(y[taught]), {}
     for name, loss in {"plain": SigmoidLoss(), "weighted": balanced}.items():
@@ -384,7 +384,7 @@ def test_weights_change_probabilities_and_not_the_ranking(seed):
         p = expit(x[~taught] @ v[:-1] + v[-1])
         found[name] = predictions_frame(y[~taught], p, names=["NORMAL", "PNEUMONIA"],
                                         patients=range((~taught).sum()), split="val")
-    corrected = honest(found["weighted"], balanced)
+    corrected = undo_weighting(found["weighted"], balanced)
     said = {k: f["p_PNEUMONIA"].mean() / y[~taught].mean() for k,
             f in {**found, "corrected": corrected}.items()}
     assert said["weighted"] > 5 and .5 < said["plain"] < 1.5 and .5 < said["corrected"] < 1.5, said
@@ -392,9 +392,9 @@ def test_weights_change_probabilities_and_not_the_ranking(seed):
     assert (
         abs(gain["value"].item()) < 0.02 and abs(macro_auc(corrected) - macro_auc(found["weighted"])) < 1e-12
     )
-    (truth, p), = questions(found["plain"]).values()
+    (truth, p), = binary_tasks(found["plain"]).values()
     moved = choose_threshold(found["plain"])
-    assert eight(truth, p, .5)["recall"] < .3 < .5 < eight(truth, p, moved)["recall"]
+    assert binary_metrics(truth, p, .5)["recall"] < .3 < .5 < binary_metrics(truth, p, moved)["recall"]
 
 
 def test_a_rarer_disease_is_harder_to_learn():

@@ -15,7 +15,7 @@ from PIL import Image
 from cxr_course.core import CourseError
 from cxr_course.data import building as building_module
 from cxr_course.data.building import build_store
-from cxr_course.data.loading import load
+from cxr_course.data.loading import load_dataset
 from cxr_course.data.splits import hold_out, refuse_leakage
 from cxr_course.frame import make_frame
 from cxr_course.phantom.files import write_dataset
@@ -48,7 +48,7 @@ def world(tmp_path_factory, cache):
 
 @pytest.fixture(scope="module")
 def images(world):
-    return load(world, unknown="image")
+    return load_dataset(world, unknown="image")
 
 
 @pytest.fixture(scope="module")
@@ -145,7 +145,7 @@ def test_a_run_that_cannot_say_what_it_learned_from_judges_nothing(python, image
 
 def test_another_question_is_refused(python):
     with pytest.raises(CourseError, match="another question"):
-        predict_elsewhere(python, load("sample-covid", unknown="image"), say=quiet)
+        predict_elsewhere(python, load_dataset("sample-covid", unknown="image"), say=quiet)
 
 
 def test_all_doors_keep_a_reference_for_shift(python, terminal, listed):
@@ -259,7 +259,7 @@ def test_a_small_disk_is_told_before_decoding(images, monkeypatch):
 
 
 def test_findings_that_do_not_exist_are_refused(images):
-    many = load("sample-nih", unknown="image")
+    many = load_dataset("sample-nih", unknown="image")
     with pytest.raises(CourseError, match="Broken arm"):
         prepare(many, (32, 32), findings="Broken arm", say=quiet)
     with pytest.raises(CourseError, match="classes, and no findings"):

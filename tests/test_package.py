@@ -37,7 +37,7 @@ for m in pkgutil.walk_packages(cxr_course.__path__, "cxr_course."):
     if not m.name.endswith("_modidx"): importlib.import_module(m.name)
 
 from cxr_course.core import CourseError, rng
-from cxr_course.data.loading import load
+from cxr_course.data.loading import load_dataset
 from cxr_course.data.read import read_image
 from cxr_course.data.splits import hold_out
 from cxr_course.frame import groups, make_frame
@@ -50,7 +50,7 @@ try: groups(images)
 except CourseError as e: assert "1 of 2" in str(e)
 else: raise SystemExit("a missing patient went unnoticed")
 
-table = load("sample")
+table = load_dataset("sample")
 again = hold_out(table, fraction=.2, seed=0)
 train, test = (set(again.loc[again["split"] == s, "patient"]) for s in ("train", "test"))
 assert train and test and not train & test

@@ -4,7 +4,7 @@ import pandas as pd
 import pytest
 
 from cxr_course.core import CourseError
-from cxr_course.data.loading import load
+from cxr_course.data.loading import load_dataset
 from cxr_course.phantom import files as files_module
 from cxr_course.phantom.anatomy import chest_anatomy
 from cxr_course.phantom.files import write_dataset
@@ -54,7 +54,7 @@ def test_patients_keep_their_anatomy_and_films_differ():
 @pytest.mark.parametrize("layout,kind", [("mendeley", "pneumonia"), ("kaggle", "pneumonia"), ("nih", "nih"), ("covid", "covid"), ("dicom", "pneumonia")])
 def test_what_is_written_is_read_back(tmp_path, layout, kind):
     plan = population(12, seed=3, kind=kind, pixels=64)
-    frame = load(write_dataset(plan, tmp_path / layout, layout))
+    frame = load_dataset(write_dataset(plan, tmp_path / layout, layout))
     assert len(frame) == len(plan)
     if layout in ("mendeley", "nih"): assert frame["patient"].nunique() == plan["patient"].nunique()
     if layout == "nih": assert frame[list(FINDINGS)].sum().tolist() == plan[list(FINDINGS)].sum().tolist()

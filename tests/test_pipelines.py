@@ -203,12 +203,12 @@ def test_two_builders_at_once(films, tmp_path):
 
 def test_pictures_inside_an_npz(tmp_path):
     pytest.importorskip("cxr_course.data")
-    from cxr_course.data.loading import load
+    from cxr_course.data.loading import load_dataset
     g = np.random.default_rng(0)
     x = {f"{s}_images": g.integers(0, 256, (6, 28, 28), dtype=np.uint8) for s in ("train", "val", "test")}
     np.savez_compressed(tmp_path / "toy.npz", **x, **{f"{s}_labels": np.arange(6)[:, None] % 2
                                                       for s in ("train", "val", "test")})
-    s = build_store(load(tmp_path / "toy.npz"), (28, 28))
+    s = build_store(load_dataset(tmp_path / "toy.npz"), (28, 28))
     assert (s.take(s.rows("val")) == x["val_images"]).all() and s.labels("test").tolist() == [0, 1] * 3
 
 
@@ -348,8 +348,8 @@ def test_stream_repeats_and_normalises(films):
 
 @pytest.mark.skipif(not (REAL / "kaggle").exists(), reason=f"the real data are not at {REAL} (set CXR_COURSE_REAL_DATA)")
 def test_the_real_kaggle_folder_killed_half_way(tmp_path):
-    from cxr_course.data.loading import load
-    f = load(REAL / "kaggle" / "chest_xray", sizes=False)
+    from cxr_course.data.loading import load_dataset
+    f = load_dataset(REAL / "kaggle" / "chest_xray", sizes=False)
     f.to_csv(tmp_path / "f.csv", index=False)
     code = "import sys, pandas as pd; from cxr_course import core, pipelines; pipelines.build(core.frame(pd.read_csv(sys.argv[1], dtype={'patient': str, 'study': str, 'cause': str})), (64, 64), sys.argv[2])"
     victim = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "f.csv"), str(tmp_path / "store")])

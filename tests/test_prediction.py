@@ -43,7 +43,7 @@ def made(request, tmp_path_factory):
     from cxr_course.deploy.bundle import load_bundle
     from cxr_course.models.cnn import build_cnn
     from cxr_course.training.fit import fit
-    from cxr_course.training.reference import write
+    from cxr_course.training.reference import write_reference
     from cxr_course.training.run import load_run
     folder = tmp_path_factory.mktemp(request.param)
     store = build_store(small_frame(folder, request.param), SHAPE, folder / "store")
@@ -51,7 +51,7 @@ def made(request, tmp_path_factory):
               epochs=2, batch=8)
     if "seen" not in run.card:
         (run.folder / "card.json").write_text(
-            json.dumps(run.card | {"seen": write(run.folder, run.model, store, run.card)})
+            json.dumps(run.card | {"seen": write_reference(run.folder, run.model, store, run.card)})
         )
         run = load_run(run.folder)
     return run, store, load_bundle(folder / "run")

@@ -10,7 +10,7 @@ from cxr_course.data.resize import to_png
 from cxr_course.frame import make_frame
 from cxr_course.models.cnn import build_cnn
 from cxr_course.training.reference import (
-    image_stats, learned_from, load_reference, ood_reasons, ood_survey, reference_stats, write,
+    image_stats, learned_from, load_reference, ood_reasons, ood_survey, reference_stats, write_reference,
 )
 
 SHAPE = (24, 20)
@@ -38,7 +38,7 @@ def model():
 
 @pytest.fixture
 def written(store, model, tmp_path):
-    seen = write(tmp_path, model, store, dict(labels=["Effusion", "Mass"]))
+    seen = write_reference(tmp_path, model, store, dict(labels=["Effusion", "Mass"]))
     return tmp_path, seen
 
 
@@ -75,7 +75,7 @@ def test_the_reference_is_that_of_the_validation_images(written, store, model):
 def test_training_and_validation_may_be_two_stores(store, model, tmp_path):
     teaches = store.using(store.frame[store.frame["split"] == "train"].reset_index(drop=True))
     judges = store.using(store.frame[store.frame["split"] != "train"].reset_index(drop=True))
-    seen = write(tmp_path, model, teaches, val=judges)
+    seen = write_reference(tmp_path, model, teaches, val=judges)
     assert seen == reference_stats(store)
     assert pd.read_csv(tmp_path / "images.csv")["split"].value_counts().to_dict() == {
         "train": 12, "val": 6, "test": 4,
@@ -104,6 +104,6 @@ def test_damage_and_absence_are_said(written, store, model, tmp_path_factory):
         with pytest.raises(CourseError, match="train it again"):
             ask()
     with pytest.raises(CourseError, match="other classes"):
-        write(empty, model, store, dict(labels=["Mass", "Effusion"]))
+        write_reference(empty, model, store, dict(labels=["Mass", "Effusion"]))
     with pytest.raises(CourseError, match="no training images"):
         reference_stats(store.using(store.frame.assign(split="test")))

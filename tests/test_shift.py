@@ -12,7 +12,7 @@ from sklearn import metrics
 
 from cxr_course.core import CourseError, rng
 from cxr_course.data.building import build_store
-from cxr_course.data.loading import load
+from cxr_course.data.loading import load_dataset
 from cxr_course.data.splits import hold_out, leakage
 from cxr_course.frame import Task, groups
 from cxr_course.models.cnn import CNNSpec, build_cnn
@@ -25,7 +25,7 @@ from cxr_course.shift.monitor import compare_images, load_arrivals, monitor
 from cxr_course.shift.trials import intervention_effects, metrics_per_split, shortcut_trial
 from cxr_course.stats.two_samples import ks_test, mmd_test
 from cxr_course.training.fit import fit
-from cxr_course.training.reference import Embedding, load_reference, write
+from cxr_course.training.reference import Embedding, load_reference, write_reference
 from cxr_course.training.run import load_run
 from cxr_course.training.scores import predict_split
 
@@ -33,7 +33,7 @@ SPEC = CNNSpec((8, 8), (), padding="same", stride=2, last_pool=False, head="gap"
 
 
 @pytest.fixture(scope="module")
-def films(): return load("sample-covid", classes=2)
+def films(): return load_dataset("sample-covid", classes=2)
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def store(films): return build_store(hold_out(films, .3), (32, 32))
 def trained(store, tmp_path_factory):
     made = fit(build_cnn(SPEC, (32, 32, 1)), store, run=tmp_path_factory.mktemp("shift") / "run", epochs=1,
                optimizer="adam")
-    if not (made.folder / "reference.npz").exists(): write(made.folder, made.model, store, made.card)
+    if not (made.folder / "reference.npz").exists(): write_reference(made.folder, made.model, store, made.card)
     return made
 
 
@@ -106,7 +106,7 @@ def test_the_crop_has_no_room_for_letters():
 
 
 def test_no_masks_is_said():
-    plain = build_store(load("sample").head(4), (32, 32))
+    plain = build_store(load_dataset("sample").head(4), (32, 32))
     with pytest.raises(CourseError, match="no lung mask"): intervene(plain, "lungs only")
     with pytest.raises(CourseError, match="no view"): intervene(plain, "upside down")
 
@@ -216,7 +216,7 @@ def test_monitor_end_to_end(run, store, films, tmp_path):
     folder = Path(films["path"].iloc[0]).parents[3]
     verdict = monitor(run, folder, times=99)
     assert (
-        len(verdict.new.paths) == len(load(folder))
+        len(verdict.new.paths) == len(load_dataset(folder))
         and not any("lung masks" in p for p in verdict.new.paths)
         and 0 < verdict.p <= 1
     )
@@ -302,9 +302,9 @@ def test_a_store_through_a_view_is_a_store_like_any_other(store):
 
 def test_the_monitor_of_a_model_of_findings(tmp_path):
     "New images of unknown truth are read as findings, each with a probability of its own, as the reference was."
-    store = build_store(hold_out(load("sample-nih", unknown="image"), .3), (32, 32))
+    store = build_store(hold_out(load_dataset("sample-nih", unknown="image"), .3), (32, 32))
     made = fit(build_cnn(SPEC, (32, 32, 1), 14), store, run=tmp_path / "run", epochs=1, optimizer="adam")
-    if not (made.folder / "reference.npz").exists(): write(made.folder, made.model, store, made.card)
+    if not (made.folder / "reference.npz").exists(): write_reference(made.folder, made.model, store, made.card)
     # so that all of them are new
     pd.read_csv(made.folder / "images.csv").head(0).to_csv(made.folder / "images.csv", index=False)
     (tmp_path / "heap").mkdir()

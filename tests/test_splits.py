@@ -221,9 +221,9 @@ def test_twins_by_sight(tmp_path):
 
 @real
 def test_official_nih_size_in_two_seconds():
-    from cxr_course.data.loading import load
+    from cxr_course.data.loading import load_dataset
     from cxr_course.phantom.findings import FINDINGS
-    f = load(next((REAL / "nih" / "labels").glob("Data_Entry*")), sizes=False)
+    f = load_dataset(next((REAL / "nih" / "labels").glob("Data_Entry*")), sizes=False)
     assert len(f) == 112_120
     started = time.process_time()
     cut = split_by_patient(f)
@@ -239,10 +239,10 @@ def test_official_nih_size_in_two_seconds():
 
 @real
 def test_real_kaggle_validation():
-    from cxr_course.data.loading import load
+    from cxr_course.data.loading import load_dataset
     with pytest.raises(CourseError, match="have no patient"):
-        hold_out(load(REAL / "kaggle" / "chest_xray", sizes=False))
-    f = load(REAL / "kaggle" / "chest_xray", sizes=False, unknown="image")
+        hold_out(load_dataset(REAL / "kaggle" / "chest_xray", sizes=False))
+    f = load_dataset(REAL / "kaggle" / "chest_xray", sizes=False, unknown="image")
     out = hold_out(f)
     share = (out["split"] == "val").sum() / (out["split"] != "test").sum()
     assert abs(share - .2) < .005 and (out["split"] == "test").sum() == (f["split"] == "test").sum()

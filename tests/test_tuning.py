@@ -19,9 +19,9 @@ from cxr_course.frame import Task, make_frame, regroup
 from cxr_course.models.cnn import CNNSpec, layer_table
 from cxr_course.models.inspect import describe
 from cxr_course.training.search_space import SYSTEM_E, Space, declare, hypermodel, spec_of
-from cxr_course.training.trials import best, caution, retrain, trial_predictions, trials
+from cxr_course.training.trials import best_trial, caution, retrain, trial_predictions, trials
 from cxr_course.training.tuning import METHODS, _stores, search
-from cxr_course.training.tuning_plots import hyperparameters, importance, plot_importance, plot_parallel
+from cxr_course.training.tuning_plots import hyperparameters, hyperparameter_importance, plot_importance, plot_parallel
 
 TINY = Space(filters=((2, 4), (2, 4)), kernels=(3,), dense=(4, 8), step=2, dropout=(0., .2))
 
@@ -205,7 +205,7 @@ def test_a_failing_trial_is_recorded_and_passed_over_and_the_search_ends(tmp_pat
     assert found.loc[wild, "reason"].str.startswith("the loss is no longer").all()
     assert (found["status"] == np.where(big | wild, "failed", "done")).all() and big.any()
     assert method == "hyperband" or len(found) == 8
-    assert best(found)["status"] == "done"
+    assert best_trial(found)["status"] == "done"
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -217,7 +217,7 @@ def test_when_all_trials_fail_the_search_ends_with_the_reason_and_soon(tmp_path,
         climb(method, tmp_path / "s", hill(trouble), trials=20)
     assert time.monotonic() - began < 60
     with pytest.raises(CourseError, match="no trial was finished"):
-        best(trials(tmp_path / "s"))
+        best_trial(trials(tmp_path / "s"))
 
 
 def test_failures_after_a_success_do_not_make_a_search_endless(tmp_path):
@@ -301,7 +301,7 @@ def test_a_real_search_leaves_what_was_said_of_each_image_and_the_winner_can_be_
     assert "looks better than it is" in caution(tmp_path / "s")
     same(found, search("random", store, tmp_path / "again", **options))                          # seeds
     run = retrain(tmp_path / "s", store, tmp_path / "best", epochs=1)
-    assert describe(run.model).conv == spec_of(best(found)).conv and "test" in run.card["metrics"]
+    assert describe(run.model).conv == spec_of(best_trial(found)).conv and "test" in run.card["metrics"]
     with pytest.raises(CourseError, match="differs in images"):
         search("random", store.using(store.frame.iloc[2:]), tmp_path / "s", resume=True, **options)
 
@@ -323,7 +323,7 @@ def test_images_too_small_for_some_networks_fail_those_trials_only(store, tmp_pa
 
 def test_importance_finds_the_hyperparameter_that_matters(tmp_path):
     found = climb("random", tmp_path / "s", trials=30)
-    shares = importance(found, draws=8).set_index("parameter")
+    shares = hyperparameter_importance(found, draws=8).set_index("parameter")
     assert shares["share"].idxmax() == "lr" and shares.loc["lr", "low"] > shares.loc["a die", "high"]
     assert hyperparameters(found) == ["filters", "kernel", "lr"]
     assert len(plot_parallel(found).axes[0].lines) == 30 + 4

@@ -5,7 +5,7 @@ import pytest
 keras = pytest.importorskip("keras")
 from cxr_course.core import CourseError, rng
 from cxr_course.data.building import build_store
-from cxr_course.data.loading import load
+from cxr_course.data.loading import load_dataset
 from cxr_course.data.pipeline import Normalizer
 from cxr_course.data.splits import hold_out
 from cxr_course.deploy.wrap import wrap
@@ -311,7 +311,7 @@ def test_system_b_loads_evaluates_and_explains_fourteen_findings(tmp_path):
         base = keras.applications.DenseNet121(weights=None, include_top=False, input_shape=(64, 64, 3),
                                               pooling="avg")
         return keras.Model(base.input, L.Dense(14, activation="sigmoid")(base.output))
-    frame = hold_out(load("sample-nih", unknown="image"), .3)
+    frame = hold_out(load_dataset("sample-nih", unknown="image"), .3)
     names = list(Task.of(frame).names)
     elsewhere, here = densenet(), densenet()
     assert len(names) == 14 and elsewhere.count_params() == 7_051_854

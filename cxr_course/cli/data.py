@@ -51,10 +51,10 @@ def load_frame(name: str, classes: int | None = None, columns: str | None = None
     "A frame; files that are no images are in it, without a size."
     import warnings
 
-    from cxr_course.data.loading import load
+    from cxr_course.data.loading import load_dataset
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")                  # bad files are told by whoever asked for the frame
-        return load(name, classes=classes, columns=_pairs(columns), findings=_said(name, findings),
+        return load_dataset(name, classes=classes, columns=_pairs(columns), findings=_said(name, findings),
                          unknown=unknown)
 
 def _pairs(text: str | None) -> dict[str, str] | None:
@@ -70,10 +70,10 @@ def _pairs(text: str | None) -> dict[str, str] | None:
 
 def _said(name: str, findings: str | None) -> list[str] | None:
     "The findings that a plain table must be told; data sets of a known layout say themselves what they hold."
-    from cxr_course.data.layouts import layout
+    from cxr_course.data.layouts import detect_layout
     from cxr_course.data.registry import REGISTRY
     known = name in REGISTRY and not Path(name).exists()
-    if findings in (None, "all") or known or layout(name) != "csv":
+    if findings in (None, "all") or known or detect_layout(name) != "csv":
         return None
     return [finding.strip() for finding in findings.split(",")]
 
@@ -159,9 +159,9 @@ def data_check(
       cxr-course data check path/to/chest_xray --quick
       cxr-course data check path/to/covid_set --beside path/to/chest_xray
     """
-    from cxr_course.data.checks import check
+    from cxr_course.data.checks import check_dataset
     other = None if beside is None else load_frame(beside)
-    report = check(load_frame(name, classes, columns, findings), pixels=not quick, beside=other)
+    report = check_dataset(load_frame(name, classes, columns, findings), pixels=not quick, beside=other)
     typer.echo(repr(report))
     for row in report.bad.to_dict("records"):
         typer.echo(f"{row['path']}: {row['error']}")
@@ -189,8 +189,8 @@ def data_explore(
       cxr-course data explore path/to/chest_xray --out about_chest_xray
     """
     refuse_existing(out)
-    from cxr_course.data.exploration_page import overview
-    page = overview(load_frame(name, classes, columns, findings), out, pixels=not quick,
+    from cxr_course.data.exploration_page import write_overview
+    page = write_overview(load_frame(name, classes, columns, findings), out, pixels=not quick,
                                 skip_bad=skip_bad)
     typer.echo(f"The page to read is {page}")
 

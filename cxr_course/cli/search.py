@@ -217,7 +217,7 @@ def _tell_search(found, out: Path) -> None:
     from cxr_course.core import atomic
     from cxr_course.show import table
     from cxr_course.training.trials import caution
-    from cxr_course.training.tuning_plots import importance, plot_importance, plot_parallel
+    from cxr_course.training.tuning_plots import hyperparameter_importance, plot_importance, plot_parallel
     with atomic(out / "trials.csv") as part:
         found.to_csv(part, index=False)
     shown = found.sort_values("score", ascending=False).drop(columns=["runs", "asked", "of"]).head(10)
@@ -225,7 +225,7 @@ def _tell_search(found, out: Path) -> None:
     typer.echo("\n" + repr(table(shown, f"the best of {len(found)} trials", index=False)))
     plots = {"parallel": plot_parallel(found)}
     if (found[found["status"] == "done"]["asked"] == found["asked"].max()).sum() >= 3:
-        shares = importance(found)
+        shares = hyperparameter_importance(found)
         caption = "share of the variation between trials; what is no longer than the die's says nothing"
         typer.echo("\n" + repr(table(shares, caption, digits=2)))
         plots["importance"] = plot_importance(shares)
@@ -242,8 +242,8 @@ def _train_winner(store, out: Path, seed: int, epochs: int, batch: int) -> None:
     from cxr_course.training.job import can_resume, train_job
     from cxr_course.training.run import load_run
     from cxr_course.training.search_space import spec_of
-    from cxr_course.training.trials import best, trials
-    run, row = out / "best", best(trials(out))
+    from cxr_course.training.trials import best_trial, trials
+    run, row = out / "best", best_trial(trials(out))
     won = spec_of(row)
     if run.exists():
         same = describe(load_run(run).model).conv == won.conv

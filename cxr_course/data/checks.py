@@ -14,8 +14,8 @@ import numpy as np
 import pandas as pd
 
 from ..core import CourseError, progress
-from .duplicates import near_pairs, seen_as, thumbnail
-from .files import decode
+from .duplicates import near_duplicates, perceptual_hash, thumbnail
+from .files import decode_file
 from .read import read_image
 from .registry import REGISTRY
 from .resize import resize
@@ -23,7 +23,7 @@ from ..frame import SPLITS, Task
 from ..show import show_images, table
 
 # %% auto #0
-__all__ = ['check', 'Check']
+__all__ = ['check_dataset', 'DatasetCheck']
 
 # %% ../../nbs/library/data/checks.ipynb #b20693e9
 def _look(path: str) -> tuple[str | None, str, np.ndarray | None]:
@@ -33,7 +33,7 @@ def _look(path: str) -> tuple[str | None, str, np.ndarray | None]:
     except CourseError as e:
         return e.what, "", None
     if "::" in path:
-        return None, hashlib.blake2b(np.ascontiguousarray(decode(path)).data,
+        return None, hashlib.blake2b(np.ascontiguousarray(decode_file(path)).data,
                                      digest_size=16).hexdigest(), small
     with open(path, "rb") as f:
         return None, hashlib.file_digest(f, lambda: hashlib.blake2b(digest_size=16)).hexdigest(), small
@@ -49,7 +49,7 @@ def _pairs(digests: list[str], thumbs: list, near: bool) -> pd.DataFrame:
     if not near or len(lone) < 2:
         return exact
     small = np.stack([thumbs[i] for i in lone])
-    close = near_pairs(seen_as(small), small)
+    close = near_duplicates(perceptual_hash(small), small)
     return pd.concat([exact, close.assign(a=lone[close["a"]], b=lone[close["b"]], equal=False)],
                      ignore_index=True)
 
@@ -128,7 +128,7 @@ def _count_problems(df: pd.DataFrame, against: str) -> list[dict]:
     return rows
 
 # %% ../../nbs/library/data/checks.ipynb #97ea1fb4
-def check(
+def check_dataset(
     frame: pd.DataFrame, # a frame of images
     against: str | None = None, # a name of the registry: compare the counts with the facts
     pixels: bool = True, # decode every image; without, only what the table tells is checked
@@ -151,7 +151,7 @@ def check(
     if beside is not None:
         df = pd.concat([df.assign(meta_set="this"), beside.assign(meta_set="beside")], ignore_index=True)
     pairs = _described(pairs, df)
-    return Check(frame, _without_pixels(frame, against) + _with_pixels(bad, pairs, beside is not None), bad,
+    return DatasetCheck(frame, _without_pixels(frame, against) + _with_pixels(bad, pairs, beside is not None), bad,
                  pairs)
 
 # %% ../../nbs/library/data/checks.ipynb #25e33f45
@@ -172,8 +172,8 @@ def _small(path) -> np.ndarray:
     return resize(x, tuple(max(1, round(n * scale)) for n in x.shape))
 
 # %% ../../nbs/library/data/checks.ipynb #57181cf8
-class Check:
-    "What `check` found: `.table`, `.bad` (files), `.pairs` (images that are one), `.figure()`, `.readable` (the frame without bad files)."
+class DatasetCheck:
+    "What `check_dataset` found: `.table`, `.bad` (files), `.pairs` (images that are one), `.figure()`, `.readable` (the frame without bad files)."
     def __init__(self,
         frame: pd.DataFrame, # the frame that was checked
         problems: list[dict], # problem, count, first

@@ -19,7 +19,7 @@ import zlib
 from pathlib import Path, PurePosixPath
 
 from ..core import CourseError, atomic, cache_dir, progress
-from .registry import DataSet, REGISTRY
+from .registry import DatasetFacts, REGISTRY
 from ..phantom.files import sample_dataset
 
 # %% auto #0
@@ -27,7 +27,7 @@ __all__ = ['fetch', 'unpack']
 
 # %% ../../nbs/library/data/download.ipynb #8f180437
 def fetch(
-    data: str | DataSet, # a name of the registry, or facts of your own
+    data: str | DatasetFacts, # a name of the registry, or facts of your own
     folder: str | Path | None = None, # where to put it; default: the course's cache
 ) -> Path: # a folder or file that `load` takes
     "Bring a data set here, verified; or say how to get it by hand."
@@ -50,12 +50,12 @@ def fetch(
                           _recipe(facts, target / file)) from e
 
 # %% ../../nbs/library/data/download.ipynb #928e11be
-def _recipe(facts: DataSet, target: Path) -> str:
+def _recipe(facts: DatasetFacts, target: Path) -> str:
     "How to get a data set by hand."
     mark = f" (its fingerprint must be {facts.hash})" if facts.hash else ""
     return f"get {facts.url}{mark}, put it at {target}, and ask again; or load it from wherever it lies: load('path/to/{target.name}')"
 
-def _by_hand(facts: DataSet, target: Path) -> Path:
+def _by_hand(facts: DatasetFacts, target: Path) -> Path:
     "Sets without a fixed fingerprint: what lies in the folder, or Kaggle's own client, or a recipe."
     if target.is_dir() and any(p for p in target.iterdir() if not p.name.startswith(".")):
         return target
@@ -65,7 +65,7 @@ def _by_hand(facts: DataSet, target: Path) -> Path:
     hint = "; the `kaggle` client with your own token could" if "kaggle" in facts.url else ""
     raise CourseError(f"{facts.title} cannot be fetched by a program{hint}", target, _recipe(facts, target))
 
-def _from_kaggle(slug: str, facts: DataSet, target: Path) -> Path:
+def _from_kaggle(slug: str, facts: DatasetFacts, target: Path) -> Path:
     "Let Kaggle's client download the archive, and unpack it."
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as box:

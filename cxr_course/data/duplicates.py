@@ -16,7 +16,7 @@ from .read import read_image
 from .resize import resize
 
 # %% auto #0
-__all__ = ['find_duplicates', 'thumbnail', 'seen_as', 'near_pairs']
+__all__ = ['find_duplicates', 'thumbnail', 'perceptual_hash', 'near_duplicates']
 
 # %% ../../nbs/library/data/duplicates.ipynb #51f9da63
 def find_duplicates(
@@ -44,7 +44,7 @@ def _lookalikes(a: pd.DataFrame, b: pd.DataFrame) -> pd.DataFrame:
     paths = np.array([*a["path"], *b["path"]], object)
     with ThreadPoolExecutor() as pool:
         small = np.stack(list(progress(pool.map(thumbnail, paths), "thumbnails", len(paths))))
-    pairs = near_pairs(seen_as(small), small)
+    pairs = near_duplicates(perceptual_hash(small), small)
     pairs = pairs[(pairs["a"] < len(a)) & (pairs["b"] >= len(a))]
     return pd.DataFrame({"one": paths[pairs["a"]], "other": paths[pairs["b"]], "alike": pairs["alike"]})
 
@@ -57,7 +57,7 @@ def thumbnail(
     return np.clip(small * 255, 0, 255).round().astype(np.uint8)
 
 # %% ../../nbs/library/data/duplicates.ipynb #db48b964
-def seen_as(
+def perceptual_hash(
     thumbs: np.ndarray, # (n, 32, 32) uint8 from `thumbnail`
 ) -> np.ndarray: # (n,) uint64, 63 of whose bits are used
     "The perceptual fingerprint: which of the 63 slowest waves are stronger than their median."
@@ -68,8 +68,8 @@ def seen_as(
     return np.packbits(waves > np.median(waves[:, 1:], axis=1, keepdims=True), axis=1).view(np.uint64)[:, 0]
 
 # %% ../../nbs/library/data/duplicates.ipynb #3dc2a5e5
-def near_pairs(
-    codes: np.ndarray, # (n,) uint64 from `seen_as`
+def near_duplicates(
+    codes: np.ndarray, # (n,) uint64 from `perceptual_hash`
     thumbs: np.ndarray, # (n, 32, 32) uint8
     distance: int = 8, # answers that may differ
     alike: float = .998, # smallest correlation of the thumbnails

@@ -16,14 +16,14 @@ import pandas as pd
 from ..core import CourseError, progress
 from .read import read_image
 from ..frame import SPLITS, Task, groups
-from ..stats.intervals import share
+from ..stats.intervals import proportion_ci
 
 # %% auto #0
-__all__ = ['counts', 'as_text', 'films_per_patient', 'cooccurrence', 'prevalence', 'target_of', 'shares', 'Glances', 'quick_read',
-           'glance']
+__all__ = ['count_images', 'as_text', 'images_per_patient', 'cooccurrence', 'prevalence', 'target_of', 'finding_shares',
+           'ImageFeatures', 'quick_read', 'image_features']
 
 # %% ../../nbs/library/data/exploration.ipynb #7f7347af
-def counts(
+def count_images(
     frame: pd.DataFrame, # a frame of images
 ) -> pd.DataFrame: # one row a split (and 'all'), one column a class or finding, then `films` (images), `patients`, `nobody` (images without a patient)
     "How many images of each class, or with each finding, lie in each split."
@@ -42,7 +42,7 @@ def as_text(
     "A column as words to group by."
     return values.astype("string").astype(object).where(values.notna(), missing)
 
-def films_per_patient(
+def images_per_patient(
     frame: pd.DataFrame, # a frame of images
 ) -> pd.DataFrame: # one row a number of images: `films`, `patients`, `share` (of all images with a patient)
     "How many patients have one image, two images, and so on."
@@ -91,7 +91,7 @@ def target_of(
         )
     return np.where((y == 1).any(axis=1), 1., np.where(y.notna().all(axis=1), 0., np.nan)), "any finding"
 
-def shares(
+def finding_shares(
     frame: pd.DataFrame, # a frame of images
     # what to divide by: 'view', 'source', 'sex', 'age', 'width' ...; numbers are cut into five groups of
     # equal size
@@ -116,7 +116,7 @@ def shares(
 
 # %% ../../nbs/library/data/exploration.ipynb #2f2499f3
 def _estimate(y: np.ndarray, who: np.ndarray) -> dict:
-    return dict(zip(("share", "low", "high"), share(y, who)[:3]))
+    return dict(zip(("share", "low", "high"), proportion_ci(y, who)[:3]))
 
 def _value_name(value) -> str:
     if value is None:
@@ -125,7 +125,7 @@ def _value_name(value) -> str:
 
 # %% ../../nbs/library/data/exploration.ipynb #fa84f791
 @dataclass
-class Glances:
+class ImageFeatures:
     "What one quick look at every image of a frame gives. Row i belongs to `path[i]`; an image that could not be read has a missing `mean`."
     path: np.ndarray     # (n,) text
     mean: np.ndarray     # (n,) grey, 0 black to 1 white
@@ -137,7 +137,7 @@ class Glances:
     small: np.ndarray    # (n, 48, 48) uint8, corner laid on corner
 
     def __len__(self): return len(self.path)
-    def of(self, frame: pd.DataFrame) -> Glances:
+    def of(self, frame: pd.DataFrame) -> ImageFeatures:
         "The glances of the images of a frame, in its order."
         where = {p: i for i, p in reversed(list(enumerate(self.path)))}
         at = np.array([where.get(p, -1) for p in frame["path"]], int)
@@ -147,12 +147,12 @@ class Glances:
         return (
             self
             if np.array_equal(at, np.arange(len(self)))
-            else Glances(*(getattr(self, f.name)[at] for f in fields(self)))
+            else ImageFeatures(*(getattr(self, f.name)[at] for f in fields(self)))
         )
 
     def readable(self,
         frame: pd.DataFrame, # images that were looked at
-    ) -> tuple[pd.DataFrame, Glances]: # those that could be read, and their glances
+    ) -> tuple[pd.DataFrame, ImageFeatures]: # those that could be read, and their glances
         "Leave out what could not be read."
         g = self.of(frame)
         ok = ~np.isnan(g.mean)
@@ -204,12 +204,12 @@ def quick_read(
     "Read an image for looking: a large JPEG comes at a fraction of its size, everything else as `read` gives it."
     return read_image(path, at_least=(160, 160))
 
-def glance(
+def image_features(
     frame: pd.DataFrame, # a frame of images
     skip_bad: bool = False, # go on where a file cannot be read; its numbers stay missing
     read: Callable | None = None, # path -> (h, w) in [0, 1]; default: quick_read
     workers: int | None = None, # threads; default: one a core
-) -> Glances: # one row an image
+) -> ImageFeatures: # one row an image
     "Look at every image once, quickly, and keep 3 kB of each."
     from joblib import Parallel, delayed
     jobs = (delayed(_glance_one)(p, read or quick_read, skip_bad) for p in frame["path"])
@@ -220,4 +220,4 @@ def glance(
     for i, one in enumerate(progress(pool(jobs), "looking at images", len(frame))):
         for part, value in zip(parts, _NOTHING if one is None else one):
             part[i] = value
-    return Glances(frame["path"].to_numpy(object), *parts)
+    return ImageFeatures(frame["path"].to_numpy(object), *parts)

@@ -13,17 +13,17 @@ from pathlib import Path
 import pandas as pd
 
 from ..core import CourseError, atomic
-from .exploration import Glances, cooccurrence, counts, glance, prevalence
+from .exploration import ImageFeatures, cooccurrence, count_images, image_features, prevalence
 from cxr_course.data.exploration_plots import (
     plot_cooccurrence, plot_counts, plot_patients, plot_prevalence, plot_shares, plot_shortcuts,
 )
 from .image_plots import plot_average, plot_brightness, plot_sizes, show_classes
-from .shortcuts import NothingToSearch, shortcuts
+from .shortcuts import NothingToSearch, find_shortcuts
 from ..frame import Task, regroup
 from ..show import ImageSheet, table
 
 # %% auto #0
-__all__ = ['overview']
+__all__ = ['write_overview']
 
 # %% ../../nbs/library/data/exploration_page.ipynb #b7177025
 _STYLE = """:root{color-scheme:light dark}body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;background:#fff;color:#1f2328}
@@ -39,9 +39,9 @@ def _inline(figure, words: str) -> str:
     return f"<figure><img alt='{html.escape(words)}' src='data:image/{'jpeg' if sheet else 'png'};base64,{base64.b64encode(file.getvalue()).decode()}'></figure>"
 
 # %% ../../nbs/library/data/exploration_page.ipynb #e2b0658a
-def _sections(frame: pd.DataFrame, glances: Glances | None, target, found: pd.DataFrame | None):
+def _sections(frame: pd.DataFrame, glances: ImageFeatures | None, target, found: pd.DataFrame | None):
     "Title, one line, table or None, function that draws; in the order of the lesson."
-    yield "Images", "By split and class.", counts(frame), lambda: plot_counts(frame)
+    yield "Images", "By split and class.", count_images(frame), lambda: plot_counts(frame)
     if frame["patient"].notna().any():
         yield "Images of one patient", "A set is as large as its number of patients.", None, lambda: plot_patients(
             frame
@@ -76,12 +76,12 @@ def _sections(frame: pd.DataFrame, glances: Glances | None, target, found: pd.Da
         yield "Shortcuts", words, found.drop(columns="verdict"), lambda: plot_shortcuts(found)
 
 def _verdicts(
-    frame: pd.DataFrame, glances: Glances | None, target: str | None
+    frame: pd.DataFrame, glances: ImageFeatures | None, target: str | None
 ) -> tuple[pd.DataFrame | None, list[str]]:
     "The search for shortcuts, if there can be one, and what the page says about it."
     line = "<p class='{}'>{}</p>".format
     try:
-        found = shortcuts(frame, glances, target)
+        found = find_shortcuts(frame, glances, target)
     except NothingToSearch as e:
         return None, [line("quiet", html.escape(f"No search for shortcuts: {e}"))]
     loud = [line("alarm" if r.suspicious else "quiet", html.escape(r.verdict)) for r in found.itertuples()
@@ -95,7 +95,7 @@ def _html(title: str, parts: list[str]) -> str:
     return f"<!doctype html><html lang='en'><head>{head}</head><body>{''.join(parts)}</body></html>"
 
 # %% ../../nbs/library/data/exploration_page.ipynb #e130765c
-def overview(
+def write_overview(
     # a frame of images; those without a patient count each for itself, and the page says so
     frame: pd.DataFrame,
     folder: str | Path, # to write; must not be there yet
@@ -110,7 +110,7 @@ def overview(
         raise CourseError("it is there already and is never overwritten", folder, "name another folder")
     if "group" not in frame or frame["group"].isna().any():
         frame = regroup(frame, "image")
-    g = glance(frame, skip_bad=skip_bad) if pixels else None
+    g = image_features(frame, skip_bad=skip_bad) if pixels else None
     found, verdicts = _verdicts(frame, g, target)
     people, nobody = frame["patient"].nunique(), frame["patient"].isna().sum()
     said = f"{len(frame):,} images; {people:,} patients known, {nobody:,} images without one."

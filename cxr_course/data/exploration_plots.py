@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from ..core import CourseError
-from .exploration import cooccurrence, counts, films_per_patient, shares, target_of
+from .exploration import cooccurrence, count_images, images_per_patient, finding_shares, target_of
 from .shortcuts import CANDIDATES
 from ..frame import Task
 from ..show import PALETTE
@@ -62,7 +62,7 @@ def plot_counts(
     frame: pd.DataFrame, # a frame of images
 ): # a figure
     "Images of each class in each split, as bars."
-    n, names = counts(frame).drop(index="all"), list(Task.of(frame).names)
+    n, names = count_images(frame).drop(index="all"), list(Task.of(frame).names)
     many = len(names) > 5
     height = .22 * len(names) + .9 if many else .32 * len(names) + .9
     fig, axes = empty_panels(1, len(n), (max(2.2, 7.5 / len(n)), height), sharey=True)
@@ -82,7 +82,7 @@ def plot_patients(
     frame: pd.DataFrame, # a frame of images
 ): # a figure
     "How many patients have how many images."
-    n = films_per_patient(frame)
+    n = images_per_patient(frame)
     fig, axes = empty_panels(1, 1, (5, 2.3))
     ax = axes[0, 0]
     ax.bar(n["films"], n["patients"], color=PALETTE[0], width=.8)
@@ -147,7 +147,7 @@ def plot_shares(
     y, name = target_of(frame, target)
     fig, axes = empty_panels(1, len(known), (min(3, 9 / len(known)), 2.6), sharey=True)
     for ax, c in zip(axes[0], known):
-        s = shares(frame, c, target)
+        s = finding_shares(frame, c, target)
         ax.vlines(range(len(s)), 100 * s["low"], 100 * s["high"], color=PALETTE[0], linewidth=2)
         ax.plot(100 * s["share"], "o", color=PALETTE[0], markersize=5)
         ax.axhline(100 * np.nanmean(y), color="#333", linestyle="--", linewidth=1)

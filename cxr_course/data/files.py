@@ -23,14 +23,15 @@ import numpy as np
 from ..core import CourseError, atomic, cache_dir
 
 # %% auto #0
-__all__ = ['MAX_PIXELS', 'TRY_AGAIN', 'kind', 'damage', 'blame_file', 'dicom_tags', 'file_key', 'shape_of', 'decode']
+__all__ = ['MAX_PIXELS', 'TRY_AGAIN', 'file_kind', 'describe_damage', 'blame_file', 'dicom_tags', 'file_key', 'image_shape',
+           'decode_file']
 
 # %% ../../nbs/library/data/files.ipynb #3101a15d
 # a chest X-ray has 4 to 12 million pixels; an image that claims more than this is a mistake or an attack
 MAX_PIXELS = 100_000_000
 TRY_AGAIN = "copy or download it again; `check(frame)` lists every bad file, skip_bad=True leaves them out"
 
-def kind(
+def file_kind(
     path: str | Path, # a file; `x.npz::train_images::17` means image 17 of an array in an .npz
 ) -> str: # 'png', 'jpeg', 'tiff', 'dicom', 'nifti' or 'npz'
     "What a file really is: told by its first bytes, never by its name."
@@ -60,7 +61,7 @@ _SIGNS = (("png", b"\x89PNG\r\n\x1a\n", 0), ("jpeg", b"\xff\xd8\xff", 0), ("tiff
           ("npz", b"PK\x03\x04", 0), ("dicom", b"\x08\0", 0))
 
 # %% ../../nbs/library/data/files.ipynb #9a4530c7
-def damage(
+def describe_damage(
     what: str, # a kind of file
 ) -> tuple[type[Exception], ...]: # for `except`
     "The exceptions with which the libraries answer to a damaged file of this kind, wherever they are raised."
@@ -82,7 +83,7 @@ def blame_file(
     remedy: str = TRY_AGAIN, # what to do
 ) -> Iterator[None]:
     "Turn what a format's library raises inside the block into a `CourseError` that names the file; our own mistakes pass through."
-    what = kind(path)
+    what = file_kind(path)
     try:
         yield
     except CourseError:
@@ -91,7 +92,7 @@ def blame_file(
         if not _in_library(e):
             raise
         raise CourseError(f"{words} ({e or type(e).__name__})", path, remedy) from e
-    except damage(what) as e:
+    except describe_damage(what) as e:
         raise CourseError(f"{words} ({e or type(e).__name__})", path, remedy) from e
 
 # %% ../../nbs/library/data/files.ipynb #515c9e53
@@ -232,19 +233,19 @@ def _npz(path: str, at_least, header: bool):
     return _flat(x.shape[:2], path), None if header else np.asarray(x)
 
 def _open(path: str | Path, at_least, header: bool):
-    what = kind(path)
+    what = file_kind(path)
     opener = {"dicom": _dicom, "nifti": _nifti, "npz": _npz}.get(what, _pil)
     with blame_file(path, f"a damaged {what.upper()} file"):
         return opener(str(path), at_least, header)
 
 # %% ../../nbs/library/data/files.ipynb #e1bc0607
-def shape_of(
+def image_shape(
     path: str | Path, # an image file
 ) -> tuple[int, int]: # height and width in pixels
     "The size of an image, read from its header alone: nothing is decoded."
     return _open(path, None, header=True)[0]
 
-def decode(
+def decode_file(
     path: str | Path, # an image file
     # (h, w): a large JPEG may come at 1/2, 1/4 or 1/8 of its size, but not below this
     at_least: tuple[int, int] | None = None,

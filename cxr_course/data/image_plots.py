@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from ..core import CourseError, rng
-from .exploration import Glances, as_text, quick_read, target_of
+from .exploration import ImageFeatures, as_text, quick_read, target_of
 from .exploration_plots import empty_panels, label_axes, plain_legend
 from .shortcuts import common_values
 from ..frame import SPLITS, Task
@@ -108,7 +108,7 @@ def plot_sizes(
 # %% ../../nbs/library/data/image_plots.ipynb #3222c8a4
 def plot_brightness(
     frame: pd.DataFrame, # a frame of images
-    glances: Glances, # from `glance`
+    glances: ImageFeatures, # from `image_features`
 ): # a figure
     "All pixels (above) and the mean of every image (below), by class, one column a split."
     df, g = glances.readable(frame)
@@ -134,7 +134,7 @@ def plot_brightness(
 # %% ../../nbs/library/data/image_plots.ipynb #37a4b314
 def plot_average(
     frame: pd.DataFrame, # a frame of images
-    glances: Glances, # from `glance`
+    glances: ImageFeatures, # from `image_features`
     title: str = "", # a word about the set
 ) -> ImageSheet: # a figure
     "The mean image of the normal class, of all others, and their difference in standard deviations."

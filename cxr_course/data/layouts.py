@@ -15,9 +15,9 @@ from .download import unpack
 from .files import file_key
 
 # %% auto #0
-__all__ = ['PICTURES', 'ARCHIVES', 'SPLIT_NAMES', 'NORMAL_NAMES', 'parse_name', 'is_hidden', 'is_dicom', 'image_files',
-           'subfolders', 'split_folders', 'label_tables', 'table_columns', 'is_nih_table', 'data_root', 'find_data',
-           'layout']
+__all__ = ['IMAGE_SUFFIXES', 'ARCHIVE_SUFFIXES', 'SPLIT_NAMES', 'NORMAL_NAMES', 'parse_file_name', 'is_hidden', 'is_dicom',
+           'image_files', 'subfolders', 'split_folders', 'label_tables', 'table_columns', 'is_nih_table', 'data_root',
+           'find_data', 'detect_layout']
 
 # %% ../../nbs/library/data/layouts.ipynb #2b2d9485
 _NAMES = (
@@ -27,7 +27,7 @@ _NAMES = (
     (re.compile(r"(?P<patient>\d{8})_(?P<number>\d{3})$"), "nih"),
 )
 
-def parse_name(
+def parse_file_name(
     name: str, # the name of a file, with or without folders
     split: str | None = None, # the folder it lay in; without it a Kaggle person is nobody
 ) -> dict: # `scheme`, `patient`, `study`, `cause`, `number`; None where the name does not say
@@ -45,8 +45,8 @@ def parse_name(
     return said
 
 # %% ../../nbs/library/data/layouts.ipynb #ff4ad2e5
-PICTURES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".dcm", ".dicom", ".nii", ".nii.gz")
-ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".dcm", ".dicom", ".nii", ".nii.gz")
+ARCHIVE_SUFFIXES = (".zip", ".tar", ".tar.gz", ".tgz")
 SPLIT_NAMES = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val",
                "test": "test", "testing": "test"}
 NORMAL_NAMES = {"normal", "healthy", "negative", "no finding", "no_finding", "none", "control", "0"}
@@ -62,7 +62,7 @@ def is_dicom(p: Path) -> bool:
 
 def image_files(folder: Path) -> list[Path]:
     "Files directly in a folder that are images by their ending."
-    return sorted(p for p in folder.iterdir() if p.name.lower().endswith(PICTURES) and not is_hidden(p)
+    return sorted(p for p in folder.iterdir() if p.name.lower().endswith(IMAGE_SUFFIXES) and not is_hidden(p)
                   and p.is_file())
 
 def subfolders(folder: Path) -> list[Path]:
@@ -118,13 +118,13 @@ def find_data(
         raise CourseError("no such folder or file", path,
                           f"check the spelling (you are in {Path.cwd().name}/); "
                           "the built-in data set is called 'sample'")
-    if not (path.is_file() and path.name.lower().endswith(ARCHIVES)):
+    if not (path.is_file() and path.name.lower().endswith(ARCHIVE_SUFFIXES)):
         return path
     target = cache_dir("unpacked") / f"{path.name.split('.')[0]}-{file_key(path)}"
     return target if target.exists() else unpack(path, target)
 
 # %% ../../nbs/library/data/layouts.ipynb #733fc7e6
-def layout(
+def detect_layout(
     path: str | Path, # a folder, or a .csv, .npz or archive
 ) -> str: # 'kaggle', 'mendeley', 'nih', 'covid', 'folders', 'npz', 'csv' or 'dicom'
     "Recognise how a data set is laid out, by looking at it."
@@ -162,7 +162,7 @@ def _class_layout(root: Path) -> str | None:
     if not names or not names <= {"NORMAL", "PNEUMONIA"}:
         return None
     first = (p.name for c in inside for p in image_files(c)[:50])
-    return "mendeley" if any(parse_name(name)["scheme"] == "mendeley" for name in first) else "kaggle"
+    return "mendeley" if any(parse_file_name(name)["scheme"] == "mendeley" for name in first) else "kaggle"
 
 def _loose_layout(root: Path) -> str | None:
     "Class folders of any name, a heap of DICOM files, a table."

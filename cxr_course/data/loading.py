@@ -15,9 +15,9 @@ import pandas as pd
 
 from ..core import CourseError, progress
 from .download import fetch
-from .files import blame_file, dicom_tags, kind, shape_of
+from .files import blame_file, dicom_tags, file_kind, image_shape
 from cxr_course.data.layouts import (
-    SPLIT_NAMES, data_root, find_data, label_tables, layout, table_columns,
+    SPLIT_NAMES, data_root, find_data, label_tables, detect_layout, table_columns,
 )
 from .registry import CHESTMNIST, REGISTRY
 from .rows import normal_first, rows_of
@@ -25,7 +25,7 @@ from ..frame import make_frame
 from ..phantom.findings import FINDINGS
 
 # %% auto #0
-__all__ = ['RELABELLED', 'load', 'boxes', 'relabelled']
+__all__ = ['RELABELLED', 'load_dataset', 'read_boxes', 'read_relabelled']
 
 # %% ../../nbs/library/data/loading.ipynb #490f3d2f
 def _join_truth(df: pd.DataFrame, root: Path) -> pd.DataFrame:
@@ -40,8 +40,8 @@ def _join_truth(df: pd.DataFrame, root: Path) -> pd.DataFrame:
 def _about(path: str) -> dict | None:
     "Size of an image and, for DICOM, who it is; None if it is no image."
     try:
-        about = dict(zip(("height", "width"), shape_of(path)))
-        if kind(path) == "dicom":
+        about = dict(zip(("height", "width"), image_shape(path)))
+        if file_kind(path) == "dicom":
             with blame_file(path, "damaged DICOM tags"):
                 about |= _person(dicom_tags(path))
     except CourseError:
@@ -65,7 +65,7 @@ def _measured(df: pd.DataFrame, skip_bad: bool) -> pd.DataFrame:
         got = list(progress(found, "measuring images", len(df)) if len(df) > 5000 else found)
     bad = np.array([g is None for g in got])
     if bad.all():
-        shape_of(df["path"].iloc[0])                    # says what is wrong with the first
+        image_shape(df["path"].iloc[0])                    # says what is wrong with the first
     found = pd.DataFrame([g or {} for g in got], index=df.index)
     for c in found:
         df[c] = found[c] if c not in df or c in ("height", "width") else df[c].where(df[c].notna(), found[c])
@@ -75,7 +75,7 @@ def _measured(df: pd.DataFrame, skip_bad: bool) -> pd.DataFrame:
     return df[~bad] if skip_bad else df
 
 # %% ../../nbs/library/data/loading.ipynb #17867f9e
-def load(
+def load_dataset(
     # 'sample', 'sample-nih', 'sample-covid', another name of the registry that was fetched, or a folder,
     # archive, .csv or .npz
     name_or_path: str | Path = "sample",
@@ -97,8 +97,8 @@ def load(
         raise CourseError(f"classes={classes}", None, "2 or 3")
     if str(name_or_path) in REGISTRY and not Path(name_or_path).exists():
         classes = classes or (2 if name_or_path == "sample" else None)
-        return load(fetch(str(name_or_path)), classes, skip_bad, sizes, columns, findings, unknown)
-    what, path = layout(name_or_path), find_data(name_or_path)
+        return load_dataset(fetch(str(name_or_path)), classes, skip_bad, sizes, columns, findings, unknown)
+    what, path = detect_layout(name_or_path), find_data(name_or_path)
     df, labels = rows_of(path, what, classes, columns)
     df = _join_truth(df, data_root(path) if path.is_dir() else path.parent)
     if sizes and what != "npz" and not (what == "nih" and path.is_file()):
@@ -112,7 +112,7 @@ def load(
     return make_frame(df, labels, findings, unknown)
 
 # %% ../../nbs/library/data/loading.ipynb #13fba7da
-def boxes(
+def read_boxes(
     path: str | Path, # an NIH folder, or the table of boxes itself
 ) -> pd.DataFrame: # one row a box: `name` of the image, `finding`, `x`, `y`, `width`, `height` in pixels of the original (1024 x 1024 in the official set)
     "The boxes that radiologists drew around findings in some of NIH's images."
@@ -134,7 +134,7 @@ def _table_in(path: str | Path, wanted, missing: str, remedy: str) -> Path:
 # what the radiologists were asked
 RELABELLED = ("Fracture", "Pneumothorax", "Airspace opacity", "Nodule or mass")
 
-def relabelled(
+def read_relabelled(
     path: str | Path, # an NIH folder, or the table itself
 ) -> pd.DataFrame: # a frame with four findings; `path` is the image's name, or where it lies if it is in the folder
     "The subset of NIH's images that radiologists read again."

@@ -10,7 +10,7 @@ from pathlib import Path
 import pandas as pd
 
 from ..core import CourseError, atomic
-from .files import decode
+from .files import decode_file
 
 # %% auto #0
 __all__ = ['IDENTITY', 'identity_tags', 'strip_identity']
@@ -36,7 +36,7 @@ def _identifies(e) -> bool:
     return own or e.VR in ("PN", "DA", "DT", "TM") or e.tag.is_private or e.keyword in IDENTITY
 
 def _header(path):
-    it = decode(path)
+    it = decode_file(path)
     if not hasattr(it, "walk"):
         raise CourseError("only DICOM files carry identity tags", path, "this is another kind of image")
     return it

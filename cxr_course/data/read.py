@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from ..core import CourseError
-from .files import blame_file, decode
+from .files import blame_file, decode_file
 
 # %% auto #0
 __all__ = ['to_grayscale', 'to_unit', 'apply_window', 'dicom_values', 'dicom_display', 'bones_dark', 'read_image']
@@ -193,7 +193,7 @@ def read_image(
     "A radiograph from any file, in the one form that every chapter takes."
     if isinstance(window, str) and window != "sd":
         raise CourseError(f"unknown window {window!r}", path, "give None, 'sd' or (low, high)")
-    it = decode(path, at_least)
+    it = decode_file(path, at_least)
     show = (
         _show_dicom
         if hasattr(it, "PhotometricInterpretation")

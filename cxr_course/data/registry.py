@@ -12,11 +12,11 @@ import pandas as pd
 from ..phantom.findings import FINDINGS
 
 # %% auto #0
-__all__ = ['REGISTRY', 'DataSet', 'registry']
+__all__ = ['REGISTRY', 'DatasetFacts', 'registry']
 
 # %% ../../nbs/library/data/registry.ipynb #6583eef2
 @dataclass(frozen=True)
-class DataSet:
+class DatasetFacts:
     "The facts about one data set that do not depend on where it lies."
     name: str # what `load` and `fetch` call it
     title: str # what its makers call it
@@ -45,10 +45,10 @@ CHESTMNIST = ("Atelectasis", "Cardiomegaly", "Effusion", "Infiltration", "Mass",
               "Pneumothorax", "Consolidation", "Edema", "Emphysema", "Fibrosis", "Pleural_Thickening",
               "Hernia")
 
-def _mnist(name: str, px: int, md5: str) -> DataSet:
+def _mnist(name: str, px: int, md5: str) -> DatasetFacts:
     pneumonia = name == "pneumoniamnist"
     full = name if px == 28 else f"{name}_{px}"
-    return DataSet(
+    return DatasetFacts(
         full,
         f"{'PneumoniaMNIST' if pneumonia else 'ChestMNIST'} at {px} pixels",
         "npz",
@@ -79,19 +79,19 @@ def _mnist(name: str, px: int, md5: str) -> DataSet:
 REGISTRY = {
     d.name: d
     for d in (
-        DataSet(
+        DatasetFacts(
             "sample", "Phantom, pneumonia", "mendeley", ("NORMAL", "BACTERIA", "VIRUS"), licence="Apache-2.0",
             citation="chapter 01 of this course", note="drawn on your machine; every truth is known",
         ),
-        DataSet(
+        DatasetFacts(
             "sample-nih", "Phantom, fourteen findings", "nih", FINDINGS, licence="Apache-2.0",
             citation="chapter 01 of this course", note="with boxes",
         ),
-        DataSet(
+        DatasetFacts(
             "sample-covid", "Phantom, COVID-like", "covid", ("Normal", "Non-COVID", "COVID-19"),
             licence="Apache-2.0", citation="chapter 01 of this course", note="with lung masks",
         ),
-        DataSet(
+        DatasetFacts(
             "kaggle",
             "Chest X-Ray Images (Pneumonia)",
             "kaggle",
@@ -108,7 +108,7 @@ REGISTRY = {
             note="children of 1 to 5 years, one hospital; 32 exact duplicates; the zip holds __MACOSX and a "
                  "second copy of itself; no patient for normal films",
         ),
-        DataSet(
+        DatasetFacts(
             "mendeley",
             "Labeled OCT and Chest X-Ray Images, v3",
             "mendeley",
@@ -124,7 +124,7 @@ REGISTRY = {
             citation=_KERMANY,
             note="leave the OCT half out; patients are in the names: 2,650 in training, 431 in test",
         ),
-        DataSet(
+        DatasetFacts(
             "nih",
             "NIH ChestX-ray14",
             "nih",
@@ -139,7 +139,7 @@ REGISTRY = {
                  "findings",
         ),
         *(_mnist(n, px, md5) for n, sums in _MNIST.items() for px, md5 in zip((28, 64, 128, 224), sums)),
-        DataSet(
+        DatasetFacts(
             "covid",
             "COVID-QU-Ex",
             "covid",

@@ -12,10 +12,10 @@ import numpy as np
 import pandas as pd
 
 from ..core import CourseError
-from .files import TRY_AGAIN, damage, shape_of
+from .files import TRY_AGAIN, describe_damage, image_shape
 from cxr_course.data.layouts import (
-    NORMAL_NAMES, PICTURES, SPLIT_NAMES, data_root, image_files, is_dicom, is_hidden, is_nih_table,
-    label_tables, parse_name, split_folders, subfolders, table_columns,
+    NORMAL_NAMES, IMAGE_SUFFIXES, SPLIT_NAMES, data_root, image_files, is_dicom, is_hidden, is_nih_table,
+    label_tables, parse_file_name, split_folders, subfolders, table_columns,
 )
 from .registry import CHESTMNIST
 from ..phantom.findings import FINDINGS
@@ -29,7 +29,7 @@ def _rows_kaggle(root: Path, want: int) -> tuple[list[dict], list[str]]:
     rows = []
     for split, c in ((s, c) for s, folder in split_folders(root).items() for c in subfolders(folder)):
         for p in image_files(c):
-            said, label = parse_name(p.name, split), c.name.upper()
+            said, label = parse_file_name(p.name, split), c.name.upper()
             if want == 3 and label == "PNEUMONIA":
                 if said["cause"] is None:
                     raise CourseError("the name says neither bacteria nor virus", p, "load with classes=2",
@@ -59,8 +59,8 @@ def _rows_folders(root: Path) -> tuple[list[dict], list[str]]:
         (s, c) for s, place in (split_folders(root) or {None: root}).items() for c in subfolders(place)
     ):
         inside = (p for p in sorted(c.rglob("*")) if p.is_file() and not is_hidden(p))
-        rows += [dict(path=str(p), split=split, label=c.name, patient=parse_name(p.name)["patient"])
-                 for p in inside if p.name.lower().endswith(PICTURES) or not p.suffix and is_dicom(p)]
+        rows += [dict(path=str(p), split=split, label=c.name, patient=parse_file_name(p.name)["patient"])
+                 for p in inside if p.name.lower().endswith(IMAGE_SUFFIXES) or not p.suffix and is_dicom(p)]
     labels = normal_first({r["label"] for r in rows})
     if len(labels) == 1:
         raise CourseError(f"a folder of one class ({labels[0]})", root,
@@ -135,14 +135,14 @@ def _rows_npz(path: Path) -> tuple[list[dict], list[str] | None]:
         with np.load(path, allow_pickle=False) as z:
             truth = {s: z[f"{s}_labels"] for s in ("train", "val", "test") if f"{s}_labels" in z
                      and f"{s}_images" in z}
-    except damage("npz") as e:
+    except describe_damage("npz") as e:
         raise CourseError(f"a damaged NPZ file ({e})", path, TRY_AGAIN) from e
     if not truth:
         raise CourseError("no arrays named train_images, train_labels and so on", path,
                           "the .npz files of this course are laid out as MedMNIST's are")
     rows = []
     for s, y in truth.items():
-        h, w = shape_of(f"{path}::{s}_images::0")
+        h, w = image_shape(f"{path}::{s}_images::0")
         for i, said in enumerate(_npz_truth(y, path)):
             rows.append(dict(path=f"{path}::{s}_images::{i}", split=s, height=h, width=w, **said))
     return rows, ["NORMAL", "PNEUMONIA"] if "label" in rows[0] else None
@@ -219,5 +219,5 @@ def rows_of(
     else:
         rows = _rows_csv(path if path.is_file() else label_tables(root)[0], columns or {})
     if not len(rows):
-        raise CourseError("no images found", path, f"the course reads {', '.join(PICTURES)}")
+        raise CourseError("no images found", path, f"the course reads {', '.join(IMAGE_SUFFIXES)}")
     return pd.DataFrame(rows), labels

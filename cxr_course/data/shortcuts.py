@@ -9,13 +9,13 @@ import numpy as np
 import pandas as pd
 
 from ..core import CourseError, rng
-from .exploration import Glances, as_text, target_of
+from .exploration import ImageFeatures, as_text, target_of
 from ..frame import groups
-from ..stats.bootstrap import resample, resampled_auc
+from ..stats.bootstrap import bootstrap_counts, bootstrap_auc
 from ..stats.curves import auc
 
 # %% auto #0
-__all__ = ['CANDIDATES', 'FOLDS', 'common_values', 'widened_interval', 'NothingToSearch', 'shortcuts']
+__all__ = ['CANDIDATES', 'FOLDS', 'common_values', 'widened_interval', 'NothingToSearch', 'find_shortcuts']
 
 # %% ../../nbs/library/data/shortcuts.ipynb #ec0716bd
 CANDIDATES = {  # what a shortcut is read from, and what to do about it
@@ -53,7 +53,7 @@ def common_values(
     return names.where(names.isin(names.value_counts().index[:most]), "other")
 
 # %% ../../nbs/library/data/shortcuts.ipynb #e86d9e8e
-def _evidence(frame: pd.DataFrame, g: Glances | None) -> dict[str, np.ndarray]:
+def _evidence(frame: pd.DataFrame, g: ImageFeatures | None) -> dict[str, np.ndarray]:
     "For each candidate that varies, its numbers (n, k)."
     found = {}
     if _have(frame, "height", "width"):
@@ -117,9 +117,9 @@ def widened_interval(
 class NothingToSearch(CourseError):
     "There are too few patients, or nothing that could be a shortcut: no fault, but no search either."
 
-def shortcuts(
+def find_shortcuts(
     frame: pd.DataFrame, # a frame of images
-    glances: Glances | None = None, # from `glance`; without, only what the table tells is tried
+    glances: ImageFeatures | None = None, # from `image_features`; without, only what the table tells is tried
     target: str | None = None, # a class or finding; default: everything but the first class, or any finding
     alarm: float = .55, # the whole interval above this is called suspicious
     seed: int = 0, # of the cut by patient
@@ -129,13 +129,13 @@ def shortcuts(
     y, name = target_of(df, target)
     known = ~np.isnan(y)
     df, y, g = df[known], y[known], None if g is None else g.of(df[known])
-    who, counts = resample(groups(df), 300, seed)
+    who, counts = bootstrap_counts(groups(df), 300, seed)
     fold = _folds(y, who, name, seed)
     rows = []
     for what, x in _evidence(df, g).items():
         score = _guess(x, y, who, fold, seed)
         value = auc(y, score)
-        low, high = widened_interval(value, resampled_auc(y, score, who, counts))
+        low, high = widened_interval(value, bootstrap_auc(y, score, who, counts))
         rows.append(dict(shortcut=what, films=len(df), auc=value, low=low, high=high,
                          suspicious=bool(low > alarm), verdict=_verdict(what, name, value, low, high, alarm)))
     if not rows:

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from ..core import CourseError, progress
-from ..data.layouts import PICTURES
+from ..data.layouts import IMAGE_SUFFIXES
 from ..data.read import read_image, to_unit
 from ..data.resize import crop_resize
 from .bundle import Bundle
@@ -32,10 +32,10 @@ def expand_paths(
     for p in [paths] if isinstance(paths, (str, Path)) else paths:
         p = Path(p)
         if p.is_dir():
-            found = sorted(f for f in p.rglob("*") if f.name.lower().endswith(PICTURES)
+            found = sorted(f for f in p.rglob("*") if f.name.lower().endswith(IMAGE_SUFFIXES)
                            and not f.name.startswith("."))
         else: found = sorted(glob.glob(str(p))) if not p.exists() and glob.has_magic(str(p)) else [p]
-        if not found: raise CourseError("no picture here", p, f"the course reads {', '.join(PICTURES)}")
+        if not found: raise CourseError("no picture here", p, f"the course reads {', '.join(IMAGE_SUFFIXES)}")
         out += map(str, found)
     return out
 

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from ..core import CourseError
-from ..stats.bootstrap import Estimate, interval, resample
+from ..stats.bootstrap import Estimate, bootstrap_ci, bootstrap_counts
 
 # %% auto #0
 __all__ = ['cohen_kappa', 'fleiss_kappa']
@@ -37,14 +37,14 @@ def cohen_kappa(
     k = len(order)
     steps = np.abs(np.subtract.outer(np.arange(k), np.arange(k))).astype(float)
     far = {None: np.sign, "linear": np.abs, "quadratic": np.square}[weights](steps)
-    codes, counts = resample(keys, times, seed)
+    codes, counts = bootstrap_counts(keys, times, seed)
     # a column a patient: how often which pair of answers
     tables = np.zeros((k * k, len(counts)))
     np.add.at(tables, (pd.Categorical(a, order).codes * k + pd.Categorical(b, order).codes, codes), 1)
     value = float(_kappa(tables.sum(axis=1).reshape(k, k, 1), far)[0])
     if np.isnan(value):
         return Estimate(value, note="all answers are one and the same")
-    return interval(value, _kappa((tables @ counts).reshape(k, k, -1), far))
+    return bootstrap_ci(value, _kappa((tables @ counts).reshape(k, k, -1), far))
 
 # %% ../../nbs/library/evaluation/agreement.ipynb #1896eaa7
 def _kappa(tables, far):
@@ -70,7 +70,7 @@ def fleiss_kappa(
     answers, m = pd.unique(said.to_numpy().ravel()), said.shape[1]
     # (images, answers)
     votes = np.stack([(said == c).sum(axis=1) for c in answers], axis=1).astype(float)
-    codes, counts = resample(keys, times, seed)
+    codes, counts = bootstrap_counts(keys, times, seed)
     # share of pairs of readers that agree
     agree = ((votes ** 2).sum(axis=1) - m) / (m * (m - 1))
     per_image = np.c_[votes / m, agree, np.ones(len(votes))]
@@ -83,7 +83,7 @@ def fleiss_kappa(
             return (agreed / images - chance) / (1 - chance)
     value = float(kappa(np.ones((len(counts), 1)))[0])
     return (
-        interval(value, kappa(counts))
+        bootstrap_ci(value, kappa(counts))
         if value == value
         else Estimate(value, note="all answers are one and the same")
     )

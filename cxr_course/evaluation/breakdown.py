@@ -11,18 +11,18 @@ import numpy as np
 import pandas as pd
 
 from ..core import CourseError
-from .metrics import aucs, decide, operating_points
-from .predictions import patient_groups, questions
+from .metrics import auc_by_task, predict_labels, operating_points
+from .predictions import patient_groups, binary_tasks
 from ..frame import Task
-from ..stats.bootstrap import Estimate, interval, ratio, resample, resampled_precision
+from ..stats.bootstrap import Estimate, bootstrap_ci, ratio_ci, bootstrap_counts, bootstrap_average_precision
 from ..stats.curves import average_precision
-from ..stats.intervals import share
+from ..stats.intervals import proportion_ci
 
 # %% auto #0
-__all__ = ['AGES', 'by_class', 'errors', 'bands', 'by_size', 'subgroups', 'evaluate']
+__all__ = ['AGE_BANDS', 'classification_report', 'error_breakdown', 'age_bands', 'metrics_by_size', 'subgroups', 'evaluate']
 
 # %% ../../nbs/library/evaluation/breakdown.ipynb #9ad0b306
-def by_class(
+def classification_report(
     predictions: pd.DataFrame, # a frame of predictions with a label
     threshold: float | None = None, # for two classes
     times: int = 1000, # resampled studies, for F1
@@ -33,8 +33,8 @@ def by_class(
     rows = {}
     for c in Task.of(known).names:
         is_c, said_c = (known["label"] == c).to_numpy(), (said == c).to_numpy()
-        f1 = ratio(2. * (is_c & said_c), 1. * is_c + said_c, keys, times, seed=seed)
-        rows[c] = dict(precision=share(is_c[said_c], keys[said_c]), recall=share(said_c[is_c], keys[is_c]),
+        f1 = ratio_ci(2. * (is_c & said_c), 1. * is_c + said_c, keys, times, seed=seed)
+        rows[c] = dict(precision=proportion_ci(is_c[said_c], keys[said_c]), recall=proportion_ci(said_c[is_c], keys[is_c]),
                        f1=f1, support=int(is_c.sum()))
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("class")
 
@@ -45,10 +45,10 @@ def _decided(predictions, threshold):
         raise CourseError("findings do not exclude each other, so there is no one class to be right about",
                           ", ".join(Task.of(predictions).names), "use `operating_points` for each finding")
     known = predictions[predictions["label"].notna()]
-    return known, decide(known, threshold), patient_groups(known).to_numpy()
+    return known, predict_labels(known, threshold), patient_groups(known).to_numpy()
 
 # %% ../../nbs/library/evaluation/breakdown.ipynb #1bb7fbe4
-def errors(
+def error_breakdown(
     # a frame of predictions with a label; the first class is the one without disease
     predictions: pd.DataFrame,
     threshold: float | None = None, # for two classes
@@ -60,23 +60,23 @@ def errors(
     same = (said == known["label"]).to_numpy()
     kinds = {"right class": (slice(None), same), "right, sick or healthy": (slice(None), sick == called),
              "missed": (sick, ~called), "wrong kind": (sick, called & ~same), "false alarm": (~sick, called)}
-    rows = {k: dict(images=int(hit[of].sum()), of=len(hit[of]), share=share(hit[of], keys[of])) for k,
+    rows = {k: dict(images=int(hit[of].sum()), of=len(hit[of]), share=proportion_ci(hit[of], keys[of])) for k,
             (of, hit) in kinds.items()}
     table = pd.DataFrame.from_dict(rows, orient="index").rename_axis("mistake")
     return table.drop(index=["right class", "wrong kind"] if len(names) == 2 else [])
 
 # %% ../../nbs/library/evaluation/breakdown.ipynb #539b8ca6
-AGES = {"0 to 5": (0, 6), "6 to 17": (6, 18), "18 to 39": (18, 40), "40 to 64": (40, 65),
+AGE_BANDS = {"0 to 5": (0, 6), "6 to 17": (6, 18), "18 to 39": (18, 40), "40 to 64": (40, 65),
         "65 and over": (65, 200)}
 
-def bands(
+def age_bands(
     images: pd.DataFrame, # a frame of images or of predictions
     by: str, # 'age', 'size', or any column
 ) -> pd.Series: # an ordered category an image; missing where nobody knows
     "The subgroup each image belongs to: age bands, quarters of the original size, or the values of a column."
     if by == "age":
         age = pd.to_numeric(images["age"], errors="coerce")
-        return pd.cut(age, [lo for lo, _ in AGES.values()] + [200], right=False, labels=list(AGES))
+        return pd.cut(age, [lo for lo, _ in AGE_BANDS.values()] + [200], right=False, labels=list(AGE_BANDS))
     if by == "size":
         return _size_quarters(images)
     return images[by].astype("category")
@@ -94,17 +94,17 @@ def _size_quarters(images):
     return pd.cut(side, edges, include_lowest=True, labels=names)
 
 # %% ../../nbs/library/evaluation/breakdown.ipynb #613b3844
-def by_size(
+def metrics_by_size(
     predictions: pd.DataFrame, # a frame of predictions with a label
     threshold: float | None = None, # for two classes
 ) -> pd.DataFrame: # a row a quarter: images, accuracy as Estimate
     "Accuracy in the four quarters of the original image size."
     known, said, keys = _decided(predictions, threshold)
-    hit, size, rows = (said == known["label"]).to_numpy(), bands(known, "size"), {}
+    hit, size, rows = (said == known["label"]).to_numpy(), age_bands(known, "size"), {}
     for quarter in size.cat.categories:
         of = (size == quarter).to_numpy()
         if of.any():
-            rows[quarter] = dict(images=int(of.sum()), accuracy=share(hit[of], keys[of]))
+            rows[quarter] = dict(images=int(of.sum()), accuracy=proportion_ci(hit[of], keys[of]))
     return pd.DataFrame.from_dict(rows, orient="index", columns=["images", "accuracy"]).rename_axis("side")
 
 # %% ../../nbs/library/evaluation/breakdown.ipynb #81733527
@@ -119,11 +119,11 @@ def subgroups(
 ) -> pd.DataFrame: # a row a group and metric: by, group, images, patients, metric, value, low, high, note
     "The same metrics for parts of the images; silent, and saying so, where a part is too small."
     rows, everyone = [], patient_groups(predictions)
-    area = "AUC" if len(questions(predictions)) == 1 else "macro AUC"
+    area = "AUC" if len(binary_tasks(predictions)) == 1 else "macro AUC"
     for what in by:
         if {"size": "height"}.get(what, what) not in predictions:
             continue
-        band = bands(predictions, what)
+        band = age_bands(predictions, what)
         for name in band.cat.categories if band.nunique() > 1 else ():
             part, keys = predictions[band == name], everyone[band == name]
             if part.empty:
@@ -138,25 +138,25 @@ def subgroups(
 # %% ../../nbs/library/evaluation/breakdown.ipynb #a0317da0
 def _too_few(part, keys, least):
     known = part[Task.of(part).columns].notna().any(axis=None)
-    asked = questions(part).values() if known else ()
+    asked = binary_tasks(part).values() if known else ()
     counts = [(keys[y == 1].nunique(), keys[y == 0].nunique()) for y, _ in asked] or [(0, 0)]
     if any(min(c) >= least for c in counts):
         return ""
     return "too few patients to speak of: {} with, {} without".format(*max(counts, key=min))
 
 def _group_metrics(part, threshold, times, seed):
-    areas, keys, task = aucs(part, times=times, seed=seed), patient_groups(part).to_numpy(), Task.of(part)
+    areas, keys, task = auc_by_task(part, times=times, seed=seed), patient_groups(part).to_numpy(), Task.of(part)
     out = {"AUC" if len(areas) == 1
            else "macro AUC": Estimate(*areas.iloc[-1][["value", "low", "high", "note"]])}
     if len(areas) == 1:
-        (y, s), = questions(part).values()
+        (y, s), = binary_tasks(part).values()
         if isinstance(threshold, dict):
             threshold = threshold[task.names[-1]]
         point = operating_points(y, s, [.5 if threshold is None else threshold], keys).iloc[0]
         out |= dict(sensitivity=point["sensitivity"], specificity=point["specificity"])
     elif not task.findings:
         known, said, keys = _decided(part, threshold)
-        out["accuracy"] = share((said == known["label"]).to_numpy(), keys)
+        out["accuracy"] = proportion_ci((said == known["label"]).to_numpy(), keys)
     return out
 
 # %% ../../nbs/library/evaluation/breakdown.ipynb #1533446f
@@ -168,12 +168,12 @@ def evaluate(
     seed: int = 0, # same seed, same intervals
 ) -> pd.DataFrame: # long: of, metric, value, low, high, note
     "Every metric of a frame of predictions, each with its interval."
-    task, asked, keys = Task.of(predictions), questions(predictions), patient_groups(predictions).to_numpy()
-    areas = aucs(predictions, times=times, seed=seed)
+    task, asked, keys = Task.of(predictions), binary_tasks(predictions), patient_groups(predictions).to_numpy()
+    areas = auc_by_task(predictions, times=times, seed=seed)
     rows = [(name, "AUC", Estimate(*r)) for name, r in areas[["value", "low", "high", "note"]].iterrows()]
-    codes, counts = resample(keys, times, seed)
-    rows += [(name, "average precision", interval(average_precision(y, s),
-                                                  resampled_precision(y, s, codes, counts))) for name,
+    codes, counts = bootstrap_counts(keys, times, seed)
+    rows += [(name, "average precision", bootstrap_ci(average_precision(y, s),
+                                                  bootstrap_average_precision(y, s, codes, counts))) for name,
              (y, s) in asked.items()]
     if task.findings or task.outputs == 1:
         for name, (y, s) in asked.items():
@@ -191,12 +191,12 @@ def evaluate(
 def _class_metrics(predictions, threshold, times, seed):
     "Accuracy, the kinds of mistakes, and the classification report, as (of, metric, Estimate)."
     known, said, keys = _decided(predictions, threshold)
-    names, mistakes = Task.of(known).names, errors(predictions, threshold)["share"]
-    rows = [("all", "accuracy", share((said == known["label"]).to_numpy(), keys))]
+    names, mistakes = Task.of(known).names, error_breakdown(predictions, threshold)["share"]
+    rows = [("all", "accuracy", proportion_ci((said == known["label"]).to_numpy(), keys))]
     if len(names) > 2:
         rows.append(("all", f"accuracy, {names[0]} or not", mistakes["right, sick or healthy"]))
     rows += [("all", kind, mistakes[kind]) for kind in ("missed", "wrong kind", "false alarm")
              if kind in mistakes]
-    report = by_class(predictions, threshold, times, seed)
+    report = classification_report(predictions, threshold, times, seed)
     return rows + [(c, metric, r[metric]) for c, r in report.iterrows()
                    for metric in ("precision", "recall", "f1")]

@@ -14,19 +14,19 @@ from scipy.special import expit, logit, logsumexp
 
 from ..core import CourseError, rng
 from .plots import new_axes
-from .predictions import checked, patient_groups, questions
+from .predictions import validate_predictions, patient_groups, binary_tasks
 from .thresholds import refuse_unless_validation
 from ..frame import Task
 from ..show import PALETTE
-from ..stats.bootstrap import Estimate, ratio, resample
+from ..stats.bootstrap import Estimate, ratio_ci, bootstrap_counts
 from ..stats.curves import drop_unknown
-from ..stats.intervals import share
+from ..stats.intervals import proportion_ci
 
 # %% auto #0
-__all__ = ['reliability', 'plot_reliability', 'brier', 'ece', 'Calibration', 'calibrate']
+__all__ = ['calibration_curve', 'plot_calibration', 'brier_score', 'calibration_error', 'Calibration', 'calibrate']
 
 # %% ../../nbs/library/evaluation/calibration.ipynb #fd238889
-def reliability(
+def calibration_curve(
     y: np.ndarray, # (n,) truth: 1, 0, or NaN
     p: np.ndarray, # (n,) probability
     keys: Iterable, # (n,) patient of each image
@@ -38,7 +38,7 @@ def reliability(
     for b in range(group.max() + 1):
         of = group == b
         rows.append(dict(images=int(of.sum()), said=float(p[of].mean()),
-                         **share(y[of] == 1, keys[of])._asdict()))
+                         **proportion_ci(y[of] == 1, keys[of])._asdict()))
     return pd.DataFrame(rows)
 
 # %% ../../nbs/library/evaluation/calibration.ipynb #01b575dd
@@ -48,7 +48,7 @@ def _bins(p, bins):
     return pd.factorize(np.searchsorted(edges, p, "right"), sort=True)[0]
 
 # %% ../../nbs/library/evaluation/calibration.ipynb #bf653f02
-def plot_reliability(
+def plot_calibration(
     predictions: dict[str, pd.DataFrame], # name -> predictions of two classes
     bins: int = 10, # groups of about equally many images
     ax=None, # a matplotlib Axes to draw on
@@ -57,12 +57,12 @@ def plot_reliability(
     ax = new_axes(ax)
     ax.plot([0, 1], [0, 1], color="0.7", lw=1, ls="--")
     for (name, frame), colour, mark in zip(predictions.items(), PALETTE, "os^D"):
-        asked = questions(frame)
+        asked = binary_tasks(frame)
         if len(asked) > 1:
             raise CourseError("a reliability diagram shows one yes-or-no question", ", ".join(asked),
-                              "use `reliability` for each")
+                              "use `calibration_curve` for each")
         what, (y, p) = asked.popitem()
-        r = reliability(y, p, patient_groups(frame), bins)
+        r = calibration_curve(y, p, patient_groups(frame), bins)
         down, up = (r["value"] - r["low"]).clip(lower=0).fillna(0), (r["high"] - r["value"]).clip(
             lower=0
         ).fillna(0)
@@ -75,7 +75,7 @@ def plot_reliability(
     return ax.figure
 
 # %% ../../nbs/library/evaluation/calibration.ipynb #069d25b8
-def brier(
+def brier_score(
     y: np.ndarray, # (n,) truth: 1, 0, or NaN
     p: np.ndarray, # (n,) probability
     keys: Iterable, # (n,) patient of each image
@@ -84,10 +84,10 @@ def brier(
 ) -> Estimate: # 0 is perfect; always saying the prevalence q gives q (1 - q)
     "Mean squared distance between the probability and what was so."
     y, p, keys = drop_unknown(y, p, np.asarray(keys, dtype=object))
-    return ratio((p - y) ** 2, np.ones(len(y)), keys, times, seed=seed)
+    return ratio_ci((p - y) ** 2, np.ones(len(y)), keys, times, seed=seed)
 
 # %% ../../nbs/library/evaluation/calibration.ipynb #25921c00
-def ece(
+def calibration_error(
     y: np.ndarray, # (n,) truth: 1, 0, or NaN
     p: np.ndarray, # (n,) probability
     keys: Iterable, # (n,) patient of each image
@@ -97,7 +97,7 @@ def ece(
 ) -> Estimate: # 0 is perfect in the long run; the note says what chance alone would show here
     "Expected calibration error: how far what is said lies from what is so, on the average image."
     y, p, keys = drop_unknown(y, p, np.asarray(keys, dtype=object))
-    codes, counts = resample(keys, times, seed)
+    codes, counts = bootstrap_counts(keys, times, seed)
     cell = _bins(p, bins)
     gaps = np.zeros((cell.max() + 1, len(counts)))
     np.add.at(gaps, (cell, codes), p - y)                                # a row a group, a column a patient
@@ -123,7 +123,7 @@ class Calibration:
 
     def apply(self, predictions: pd.DataFrame) -> pd.DataFrame:
         "The same frame with corrected probabilities."
-        task = Task.of(checked(predictions))
+        task = Task.of(validate_predictions(predictions))
         p = _clip(predictions[task.p_columns].to_numpy(float))
         if task.findings:
             slope, shift = np.array([self.parts[c] for c in task.names]).T
@@ -149,13 +149,13 @@ def calibrate(
     if method not in ("temperature", "platt"):
         raise CourseError(f"unknown method {method!r}", None, "use 'temperature' or 'platt'")
     refuse_unless_validation(predictions, "a calibration would be fitted")
-    task = Task.of(checked(predictions))
+    task = Task.of(validate_predictions(predictions))
     if not task.findings and task.outputs > 1:
         if method == "platt":
             raise CourseError("Platt scaling corrects one yes-or-no question",
                               f"here are {len(task.names)} classes", "use method='temperature'")
         return Calibration(method, {"all": _fit_softmax(predictions, task)})
-    fits = {c: _fit_logit(c, y, logit(_clip(p)), method) for c, (y, p) in questions(predictions).items()}
+    fits = {c: _fit_logit(c, y, logit(_clip(p)), method) for c, (y, p) in binary_tasks(predictions).items()}
     return Calibration(method, fits if task.findings else {"all": fits[task.names[-1]]})
 
 # %% ../../nbs/library/evaluation/calibration.ipynb #14850be2

@@ -11,15 +11,15 @@ import numpy as np
 import pandas as pd
 
 from ..core import CourseError
-from .calibration import brier, ece, plot_reliability
-from .predictions import questions
-from .report import Report
+from .calibration import brier_score, calibration_error, plot_calibration
+from .predictions import binary_tasks
+from .report import EvaluationReport
 from .thresholds import net_benefit, plot_net_benefit
 from ..frame import Task
 from ..page import embed, table_html
 
 # %% auto #0
-__all__ = ['TRIPOD_AI', 'CLAIM', 'checklist', 'complete']
+__all__ = ['TRIPOD_AI', 'CLAIM', 'reporting_checklist', 'add_checklist']
 
 # %% ../../nbs/library/evaluation/checklist.ipynb #07215497
 # item, key, what it asks, in our words
@@ -78,8 +78,8 @@ CLAIM = (                                                                # the q
 )
 
 # %% ../../nbs/library/evaluation/checklist.ipynb #284ed532
-def checklist(
-    result: Report, # from `report`
+def reporting_checklist(
+    result: EvaluationReport, # from `evaluation_report`
     facts: dict[str, str] | None = None, # what only people or the training run know: key of an item -> answer
 ) -> pd.DataFrame: # list, item, key, asks, answer, state ('filled', 'partly' or 'open')
     "The reporting check-list: filled in where the report knows the answer, visibly open where it does not."
@@ -100,7 +100,7 @@ def _facts(r):
     "What a report knows about itself: key -> state, answer."
     p = r.predictions
     count = ", ".join(f"{c} {int((y == 1).sum())} of {int((~np.isnan(y)).sum())}" for c,
-                      (y, _) in questions(p).items())
+                      (y, _) in binary_tasks(p).items())
     blank = [n for n in r.notes if n.startswith("Left out") or "no label" in n]
     out = {
         "title": ("partly", r.title),
@@ -179,24 +179,24 @@ def _check_html(rows):
     return f"<p>{said} The items are given in our own short words; read the originals before you publish.</p><table><tbody>{body}</tbody></table>"
 
 # %% ../../nbs/library/evaluation/checklist.ipynb #8f89aa6d
-def complete(
-    result: Report, # from `report`
-    facts: dict[str, str] | None = None, # see `checklist`
-) -> Report: # the same report; its page now also has calibration, net benefit and the check-list
+def add_checklist(
+    result: EvaluationReport, # from `evaluation_report`
+    facts: dict[str, str] | None = None, # see `reporting_checklist`
+) -> EvaluationReport: # the same report; its page now also has calibration, net benefit and the check-list
     "Add to a report what turns metrics into decisions, and what a journal would ask."
     believed, asks = "Can the probabilities be believed?", "What a reader may still ask"
     result.sections = [s for s in result.sections if s[0] not in (believed, asks)]
-    result.sections += [(believed, _calibration_html(result)), (asks, _check_html(checklist(result, facts)))]
+    result.sections += [(believed, _calibration_html(result)), (asks, _check_html(reporting_checklist(result, facts)))]
     return result
 
 # %% ../../nbs/library/evaluation/checklist.ipynb #0ab4c64c
 def _calibration_html(r):
     "Brier score and calibration error of every question; for one question the reliability diagram and the decision curve."
-    asked, keys, rows = questions(r.predictions), r.keys.to_numpy(), []
+    asked, keys, rows = binary_tasks(r.predictions), r.keys.to_numpy(), []
     for c, (y, s) in asked.items():
         if (y == 1).any():
-            error, q = ece(y, s, keys, times=r.times), np.nanmean(y)
-            rows.append({"": c, "Brier score": str(brier(y, s, keys, r.times)),
+            error, q = calibration_error(y, s, keys, times=r.times), np.nanmean(y)
+            rows.append({"": c, "Brier score": str(brier_score(y, s, keys, r.times)),
                          "always saying the prevalence": f"{q * (1 - q):.3f}",
                          "calibration error": str(error),
                          "by chance alone": error.note.removeprefix("by chance alone ")})
@@ -214,7 +214,7 @@ def _calibration_drawn(r):
     import matplotlib.pyplot as plt
     fig, (left, right) = plt.subplots(1, 2, figsize=(9.5, 4), layout="constrained")
     plt.close(fig)
-    plot_reliability({r.model: r.predictions}, ax=left)
+    plot_calibration({r.model: r.predictions}, ax=left)
     plot_net_benefit(net_benefit(r.predictions), right)
     return embed(fig, "reliability diagram and decision curve") + (
         "<p class='small'>Left: on the dashed line the model keeps its word. "

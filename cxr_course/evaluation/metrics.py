@@ -11,47 +11,48 @@ import numpy as np
 import pandas as pd
 
 from ..core import CourseError
-from .predictions import checked, patient_groups, questions
+from .predictions import validate_predictions, patient_groups, binary_tasks
 from ..frame import Task
-from ..stats.bootstrap import interval, resample, resampled_auc
+from ..stats.bootstrap import bootstrap_ci, bootstrap_counts, bootstrap_auc
 from ..stats.curves import auc, drop_unknown
-from ..stats.intervals import auc_interval, compare, left_out_auc, share
+from ..stats.intervals import auc_ci, delong_test, jackknife_auc, proportion_ci
 
 # %% auto #0
-__all__ = ['macro_auc', 'aucs', 'compare_models', 'decide', 'confusion', 'eight', 'operating_points']
+__all__ = ['macro_auc', 'auc_by_task', 'compare_models', 'predict_labels', 'confusion_matrix', 'binary_metrics',
+           'operating_points']
 
 # %% ../../nbs/library/evaluation/metrics.ipynb #0fdd01b1
 def macro_auc(
     predictions: pd.DataFrame, # a frame of predictions, of any of the three kinds
 ) -> float: # NaN if no question has both answers
     "The mean AUC over the questions that have an answer."
-    areas = np.array([auc(*q) for q in questions(predictions).values()])
+    areas = np.array([auc(*q) for q in binary_tasks(predictions).values()])
     return float(areas[~np.isnan(areas)].mean()) if not np.isnan(areas).all() else float("nan")
 
 # %% ../../nbs/library/evaluation/metrics.ipynb #c86eeec4
-def aucs(
+def auc_by_task(
     predictions: pd.DataFrame, # a frame of predictions, of any of the three kinds
     method: str = "bca", # 'bca' or 'percentile'
     times: int = 1000, # resampled studies
     seed: int = 0, # same seed, same intervals
 ) -> pd.DataFrame: # one row a question, then the macro mean: value, low, high, note, positives, negatives
     "AUC of every question with intervals over patients, and their plain mean."
-    keys, asked = patient_groups(predictions), questions(predictions)
-    codes, counts = resample(keys, times, seed)
+    keys, asked = patient_groups(predictions), binary_tasks(predictions)
+    codes, counts = bootstrap_counts(keys, times, seed)
     rows, draws, jacks = [], [], []
     for name, (y, s) in asked.items():
-        value, draw = auc(y, s), resampled_auc(y, s, codes, counts)
+        value, draw = auc(y, s), bootstrap_auc(y, s, codes, counts)
         if np.isnan(value):
-            est = auc_interval(y, s, keys)                               # says why there is none
+            est = auc_ci(y, s, keys)                               # says why there is none
         else:
             draws.append(draw)
-            jacks.append(left_out_auc(y, s, codes, len(counts)))
-            est = interval(value, draw, jacks[-1] if method == "bca" else None)
+            jacks.append(jackknife_auc(y, s, codes, len(counts)))
+            est = bootstrap_ci(value, draw, jacks[-1] if method == "bca" else None)
         rows.append(dict(name=name, **est._asdict(), positives=int((y == 1).sum()),
                          negatives=int((y == 0).sum())))
     if len(asked) > 1:
         spread = pd.DataFrame(draws).mean().to_numpy()
-        est = interval(macro_auc(predictions), spread, np.mean(jacks, axis=0) if jacks and method == "bca"
+        est = bootstrap_ci(macro_auc(predictions), spread, np.mean(jacks, axis=0) if jacks and method == "bca"
                        else None)
         note = f"mean of {len(draws)} of {len(asked)}"
         rows.append(dict(name="macro", **est._replace(note=note)._asdict(), positives=pd.NA, negatives=pd.NA))
@@ -65,14 +66,14 @@ def compare_models(
 ) -> pd.DataFrame: # a row a question: AUC of one minus AUC of other as value, low, high, note, and p of no difference
     "DeLong's paired comparison of two frames of predictions, image by image and by patient."
     other = _matched(one, other)
-    theirs, keys, rows = questions(other), patient_groups(one), {}
-    for name, (y, s) in questions(one).items():
+    theirs, keys, rows = binary_tasks(other), patient_groups(one), {}
+    for name, (y, s) in binary_tasks(one).items():
         known = ~np.isnan(y) & ~np.isnan(theirs[name][0])
         if (y[known] != theirs[name][0][known]).any():
             raise CourseError(f"the two frames do not agree on the truth of {name}",
                               f"{(y[known] != theirs[name][0][known]).sum()} of {known.sum()} images",
                               "evaluate both on the same labels")
-        gap, chance = compare(y, s, theirs[name][1], keys, level)
+        gap, chance = delong_test(y, s, theirs[name][1], keys, level)
         rows[name] = dict(**gap._asdict(), p=chance)
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("name")
 
@@ -99,13 +100,13 @@ def _matched(one, other):
     return other
 
 # %% ../../nbs/library/evaluation/metrics.ipynb #9cf3e6a6
-def decide(
+def predict_labels(
     predictions: pd.DataFrame, # a frame of predictions
     # two classes: default .5; findings: one for all or one each; more classes: none
     threshold: float | dict | None = None,
 ): # a Series of classes, or a DataFrame of 1, 0 for findings
     "What the model says about each image: the threshold for yes or no, the largest probability for more classes."
-    task = Task.of(checked(predictions))
+    task = Task.of(validate_predictions(predictions))
     p = predictions[task.p_columns].to_numpy(float)
     if task.findings:
         cut = threshold if isinstance(threshold,
@@ -128,7 +129,7 @@ def decide(
     return pd.Series(pd.Categorical.from_codes(best, list(task.names)), index=predictions.index)
 
 # %% ../../nbs/library/evaluation/metrics.ipynb #92aec8cf
-def confusion(
+def confusion_matrix(
     predictions: pd.DataFrame, # a frame of predictions with a label
     threshold: float | None = None, # for two classes
 ) -> pd.DataFrame: # counts: a row a true class, a column a predicted one
@@ -136,15 +137,15 @@ def confusion(
     task = Task.of(predictions)
     if task.findings:
         raise CourseError("findings do not exclude each other, so they have no common confusion matrix", None,
-                          "use `eight` for each finding")
+                          "use `binary_metrics` for each finding")
     names = list(task.names)
-    counts = pd.crosstab(predictions["label"], decide(predictions, threshold)).reindex(
+    counts = pd.crosstab(predictions["label"], predict_labels(predictions, threshold)).reindex(
         index=names, columns=names, fill_value=0
     )
     return counts.rename_axis(index="truth", columns="predicted")
 
 # %% ../../nbs/library/evaluation/metrics.ipynb #ccc5988d
-def eight(
+def binary_metrics(
     y: np.ndarray, # (n,) truth: 1, 0, or NaN
     s: np.ndarray, # (n,) probability
     threshold: float = .5, # yes from here upwards
@@ -171,6 +172,6 @@ def operating_points(
     for t in thresholds:
         parts = dict(sensitivity=(y == 1, s >= t), specificity=(y == 0, s < t), ppv=(s >= t, y == 1),
                      npv=(s < t, y == 0))
-        rows.append(dict(threshold=t, **{k: share(hit[of], *(key[of] for key in keys)) for k,
+        rows.append(dict(threshold=t, **{k: proportion_ci(hit[of], *(key[of] for key in keys)) for k,
                                          (of, hit) in parts.items()}))
     return pd.DataFrame(rows).set_index("threshold")

@@ -9,12 +9,12 @@ import numpy as np
 import pandas as pd
 
 from ..core import CourseError, rng
-from .metrics import aucs, eight
-from .predictions import checked, patient_groups, questions
+from .metrics import auc_by_task, binary_metrics
+from .predictions import validate_predictions, patient_groups, binary_tasks
 from ..frame import Task
 from ..show import PALETTE
-from ..stats.bootstrap import Estimate, resample, roc_band
-from ..stats.curves import average_precision, precision_recall, roc
+from ..stats.bootstrap import Estimate, bootstrap_counts, roc_band
+from ..stats.curves import average_precision, precision_recall_curve, roc_curve
 
 # %% auto #0
 __all__ = ['new_axes', 'plot_roc', 'plot_pr', 'plot_confusion', 'plot_probabilities', 'plot_jitter', 'plot_ternary']
@@ -36,14 +36,14 @@ def new_axes(
 def plot_roc(
     predictions: pd.DataFrame, # a frame of predictions
     threshold: float | None = None, # marked on the curve of two classes
-    areas: pd.DataFrame | None = None, # from `aucs`, if it is at hand
+    areas: pd.DataFrame | None = None, # from `auc_by_task`, if it is at hand
     ax=None, # a matplotlib Axes to draw on
     times: int = 300, # resampled studies for the band
 ): # the matplotlib Figure
     "ROC curves with AUC, interval and, for up to three questions, the band by patient."
-    asked, ax = questions(predictions), new_axes(ax)
-    areas = aucs(predictions) if areas is None else areas
-    codes, counts = resample(patient_groups(predictions), times)
+    asked, ax = binary_tasks(predictions), new_axes(ax)
+    areas = auc_by_task(predictions) if areas is None else areas
+    codes, counts = bootstrap_counts(patient_groups(predictions), times)
     ax.plot([0, 1], [0, 1], color="0.75", lw=.8, ls="--")
     for (name, (y, s)), colour in zip(asked.items(), PALETTE * 3):
         est = Estimate(*areas.loc[name, ["value", "low", "high", "note"]])
@@ -51,9 +51,9 @@ def plot_roc(
             continue
         if len(asked) <= 3:
             ax.fill_between(*roc_band(y, s, codes, counts), color=colour, alpha=.15, lw=0)
-        ax.plot(*roc(y, s)[:2], color=colour, lw=1.6, label=f"{name}: AUC {est}")
+        ax.plot(*roc_curve(y, s)[:2], color=colour, lw=1.6, label=f"{name}: AUC {est}")
         if len(asked) == 1 and threshold is not None:
-            _mark(ax, eight(y, s, threshold), threshold)
+            _mark(ax, binary_metrics(y, s, threshold), threshold)
     ax.set(xlabel="false positive rate (1 - specificity)", ylabel="sensitivity", title="ROC")
     ax.set(xlim=(-.01, 1.01), ylim=(-.01, 1.01), aspect="equal")
     if ax.get_legend_handles_labels()[0]:
@@ -74,11 +74,11 @@ def plot_pr(
     ax=None, # a matplotlib Axes to draw on
 ): # the matplotlib Figure
     "Precision-recall curves, each with the prevalence that guessing would reach."
-    asked, ax = questions(predictions), new_axes(ax)
+    asked, ax = binary_tasks(predictions), new_axes(ax)
     for (name, (y, s)), colour in zip(asked.items(), PALETTE * 3):
         if not (y == 1).any():
             continue
-        precision, recall, _ = precision_recall(y, s)
+        precision, recall, _ = precision_recall_curve(y, s)
         ax.step(np.r_[0, recall], np.r_[precision[0], precision], where="pre", color=colour, lw=1.6,
                 label=f"{name}: AP {average_precision(y, s):.3f}")
         ax.axhline(np.nanmean(y), color=colour, lw=.8, ls=":")
@@ -90,7 +90,7 @@ def plot_pr(
 
 # %% ../../nbs/library/evaluation/plots.ipynb #87a2c524
 def plot_confusion(
-    counts: pd.DataFrame, # from `confusion`
+    counts: pd.DataFrame, # from `confusion_matrix`
     ax=None, # a matplotlib Axes to draw on
 ): # the matplotlib Figure
     "The confusion matrix as a heat map: colour is the share of the true class, the numbers are images."
@@ -133,7 +133,7 @@ def plot_probabilities(
 # %% ../../nbs/library/evaluation/plots.ipynb #c67d7cad
 def _disease(predictions):
     "The probability of disease, and what it is called."
-    task = Task.of(checked(predictions))
+    task = Task.of(validate_predictions(predictions))
     if task.findings:
         raise CourseError("this plot shows one probability an image, by its class", ", ".join(task.names),
                           "findings are drawn by plot_roc, plot_pr and plot_forest")
@@ -166,7 +166,7 @@ def plot_ternary(
     ax=None, # a matplotlib Axes to draw on
 ): # the matplotlib Figure
     "Three probabilities at once: every image a point in a triangle, with the borders where the decision changes."
-    task, ax = Task.of(checked(predictions)), new_axes(ax, (4.6, 4.2))
+    task, ax = Task.of(validate_predictions(predictions)), new_axes(ax, (4.6, 4.2))
     if task.findings or len(task.names) != 3:
         raise CourseError("a triangle has three corners", ", ".join(task.names),
                           "draw `plot_probabilities` instead")

@@ -15,10 +15,10 @@ from ..core import CourseError
 from ..frame import Task, groups, make_frame
 
 # %% auto #0
-__all__ = ['checked', 'patient_groups', 'questions', 'predictions_frame', 'read_predictions']
+__all__ = ['validate_predictions', 'patient_groups', 'binary_tasks', 'predictions_frame', 'read_predictions']
 
 # %% ../../nbs/library/evaluation/predictions.ipynb #d0913f1e
-def checked(
+def validate_predictions(
     predictions: pd.DataFrame, # a frame of images with one column `p_<name>` for every class or finding
 ) -> pd.DataFrame: # the same frame
     "Refuse predictions that no metric could honestly be computed from."
@@ -71,11 +71,11 @@ def patient_groups(
     return groups(predictions)
 
 # %% ../../nbs/library/evaluation/predictions.ipynb #3a751aaf
-def questions(
+def binary_tasks(
     predictions: pd.DataFrame, # a frame of predictions
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]: # name -> truth (1, 0, NaN) and score
     "The yes-or-no questions a frame of predictions answers: one for two classes, one a class for more, one a finding."
-    task = Task.of(checked(predictions))
+    task = Task.of(validate_predictions(predictions))
     truth = task.indicators(predictions)
     asked = task.names[-1:] if task.outputs == 1 else task.names
     return {c: (truth[c].to_numpy(float), predictions[f"p_{c}"].to_numpy(float)) for c in asked}
@@ -117,7 +117,7 @@ def predictions_frame(
         made = make_frame(rows, findings=names, unknown=unknown)
     else:
         made = make_frame(rows.assign(label=_labels_given(truth, names)), labels=names, unknown=unknown)
-    return checked(Task.of(made).predicted(made, p))
+    return validate_predictions(Task.of(made).predicted(made, p))
 
 # %% ../../nbs/library/evaluation/predictions.ipynb #dec0c113
 def _array(values) -> np.ndarray:

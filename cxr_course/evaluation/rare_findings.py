@@ -8,26 +8,26 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from .metrics import aucs
-from .predictions import patient_groups, questions
+from .metrics import auc_by_task
+from .predictions import patient_groups, binary_tasks
 from ..show import PALETTE
-from ..stats.bootstrap import resample, roc_band
-from ..stats.curves import roc
+from ..stats.bootstrap import bootstrap_counts, roc_band
+from ..stats.curves import roc_curve
 
 # %% auto #0
-__all__ = ['FEW', 'ENOUGH', 'judged', 'plot_rocs']
+__all__ = ['FEW', 'ENOUGH', 'judge_findings', 'plot_finding_rocs']
 
 # %% ../../nbs/library/evaluation/rare_findings.ipynb #e159e39e
 # patients: below FEW no value is given, below ENOUGH it is preliminary (Collins et al. 2016)
 FEW, ENOUGH = 10, 100
 
-def judged(
+def judge_findings(
     predictions: pd.DataFrame, # a frame of predictions
     times: int = 500, # resampled studies
 ) -> pd.DataFrame: # a row a finding, best first: patients (that have it), positives (images), value, low, high, note
     "AUC of each finding with its interval over patients, and which findings are too rare to be judged."
-    keys, areas, rows = patient_groups(predictions), aucs(predictions, times=times), []
-    for name, (y, _) in questions(predictions).items():
+    keys, areas, rows = patient_groups(predictions), auc_by_task(predictions, times=times), []
+    for name, (y, _) in binary_tasks(predictions).items():
         sick, well = keys[y == 1].nunique(), keys[y == 0].nunique()
         fewest = min(sick, well)
         value, low, high = areas.loc[name, ["value", "low", "high"]] if fewest >= FEW else [np.nan] * 3
@@ -43,16 +43,16 @@ def _too_rare(sick, well):
     return f"too common to judge: {well} patients without it"
 
 # %% ../../nbs/library/evaluation/rare_findings.ipynb #c080c7f3
-def plot_rocs(
+def plot_finding_rocs(
     predictions: pd.DataFrame, # a frame of predictions
-    verdicts: pd.DataFrame | None = None, # from `judged`, if it is at hand
+    verdicts: pd.DataFrame | None = None, # from `judge_findings`, if it is at hand
     cols: int = 5, # panels in a row
     times: int = 200, # resampled studies for the bands
 ): # a matplotlib Figure
     "One ROC curve a finding, each in a panel of its own with its band by patient; words where it is too rare."
     import matplotlib.pyplot as plt
-    verdicts = judged(predictions) if verdicts is None else verdicts
-    asked, (codes, counts) = questions(predictions), resample(patient_groups(predictions), times)
+    verdicts = judge_findings(predictions) if verdicts is None else verdicts
+    asked, (codes, counts) = binary_tasks(predictions), bootstrap_counts(patient_groups(predictions), times)
     rows = -(-len(verdicts) // cols)
     fig, axes = plt.subplots(rows, cols, figsize=(1.75 * cols, 1.95 * rows), sharex=True, sharey=True,
                              squeeze=False, layout="constrained")
@@ -77,6 +77,6 @@ def _panel(ax, r, y, s, codes, counts):
                 bbox=box)
         return
     ax.fill_between(*roc_band(y, s, codes, counts), color=PALETTE[0], alpha=.2, lw=0)
-    ax.plot(*roc(y, s)[:2], color=PALETTE[0], lw=1.4)
+    ax.plot(*roc_curve(y, s)[:2], color=PALETTE[0], lw=1.4)
     text = f"{r.value:.2f} ({r.low:.2f} to {r.high:.2f})\n{r.patients} patients"
     ax.text(.97, .05, text, ha="right", va="bottom", fontsize=6.5)

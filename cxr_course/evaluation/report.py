@@ -14,12 +14,12 @@ import numpy as np
 import pandas as pd
 
 from ..core import CourseError, atomic
-from .breakdown import errors, evaluate, subgroups
-from .metrics import confusion
+from .breakdown import error_breakdown, evaluate, subgroups
+from .metrics import confusion_matrix
 from cxr_course.evaluation.plots import (
     plot_confusion, plot_jitter, plot_pr, plot_probabilities, plot_roc, plot_ternary,
 )
-from .predictions import checked, patient_groups, questions
+from .predictions import validate_predictions, patient_groups, binary_tasks
 from .subgroup_plots import plot_forest, plot_size
 from .text import grouped_by, report_notes, report_sentences, report_table
 from ..frame import Task
@@ -27,12 +27,12 @@ from ..page import embed, page, table_html
 from ..stats.bootstrap import Estimate
 
 # %% auto #0
-__all__ = ['Report', 'report']
+__all__ = ['EvaluationReport', 'evaluation_report']
 
 # %% ../../nbs/library/evaluation/report.ipynb #84ee3812
 def _panels(r):
     "What is drawn: a function of an axes each."
-    p, asked = r.predictions, questions(r.predictions)
+    p, asked = r.predictions, binary_tasks(r.predictions)
     areas = r.values[r.values["metric"] == "AUC"].set_index("of")
     groups = r.subgroups[r.subgroups["metric"].str.contains("AUC")]
     groups = groups.set_index(groups["by"] + ": " + groups["group"])
@@ -87,7 +87,7 @@ def _sections(r):
              ("In numbers", table_html(r.table.rows, r.table.caption))]
     if r.confusion is not None:
         counts = r.confusion.reset_index().rename(columns={"truth": "truth, then predicted as:"})
-        kinds = errors(r.predictions, r.threshold).map(lambda v: str(v) if isinstance(v, Estimate)
+        kinds = error_breakdown(r.predictions, r.threshold).map(lambda v: str(v) if isinstance(v, Estimate)
                                                        else v).reset_index()
         parts.append(("What was taken for what", table_html(counts) + table_html(kinds)))
     if len(r.subgroups):
@@ -127,7 +127,7 @@ def _group_table(groups, by_patient):
     return rows if by_patient else rows.rename(columns={"patients": "patients or images"})
 
 # %% ../../nbs/library/evaluation/report.ipynb #993fa453
-class Report:
+class EvaluationReport:
     "Everything about one frame of predictions: sentences, a figure, a table, subgroups and notes."
     def __init__(self,
         predictions: pd.DataFrame, # a frame of predictions
@@ -137,13 +137,13 @@ class Report:
         times: int = 1000, # resampled studies
         seed: int = 0, # same seed, same report
     ):
-        p = self.predictions = checked(predictions.reset_index(drop=True))
+        p = self.predictions = validate_predictions(predictions.reset_index(drop=True))
         self.threshold, self.title, self.model, self.times, self.seed = threshold, title, model, times, seed
         task, self.keys = Task.of(p), patient_groups(p)
         self.by_patient = bool(self.keys.str.startswith("patient:").all())
         self.values = evaluate(p, threshold, times, seed)
         self.subgroups = subgroups(p, threshold=threshold, times=min(times, 500), seed=seed)
-        self.confusion = None if task.findings else confusion(p, threshold)
+        self.confusion = None if task.findings else confusion_matrix(p, threshold)
         self.cut = _single_cut(task, threshold)
         self.notes = report_notes(p, threshold, self.keys, self.values)
         self.sentences = report_sentences(p, self.values, self.keys, model, self.cut)
@@ -224,13 +224,13 @@ def _save(r, folder, overwrite):
     return folder
 
 # %% ../../nbs/library/evaluation/report.ipynb #63d85453
-def report(
+def evaluation_report(
     predictions: pd.DataFrame, # a frame of predictions, of any of the three kinds
     threshold: float | dict | None = None, # chosen on validation images; see `evaluate`
     title: str = "How well does it read?", # headline of the page
     model: str = "the model", # what made the predictions, in words
     times: int = 1000, # resampled studies
     seed: int = 0, # same seed, same report
-) -> Report: # shows itself in a notebook; `.table`, `.figure()`, `.save(folder)`
+) -> EvaluationReport: # shows itself in a notebook; `.table`, `.figure()`, `.save(folder)`
     "One call: sentences, one figure, one table, everything with intervals."
-    return Report(predictions, threshold, title, model, times, seed)
+    return EvaluationReport(predictions, threshold, title, model, times, seed)

@@ -8,8 +8,8 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from .breakdown import by_size
-from .metrics import decide
+from .breakdown import metrics_by_size
+from .metrics import predict_labels
 from .plots import new_axes
 from ..show import PALETTE
 
@@ -23,7 +23,7 @@ def plot_size(
     ax=None, # a matplotlib Axes to draw on
 ): # the matplotlib Figure
     "Accuracy by quarter of the original size, with intervals."
-    ax, rows = new_axes(ax, (4.8, 3.2)), by_size(predictions, threshold)
+    ax, rows = new_axes(ax, (4.8, 3.2)), metrics_by_size(predictions, threshold)
     for i, est in enumerate(rows["accuracy"]):
         ax.errorbar(i, est.value, _arms(est), fmt="o", color=PALETTE[0], capsize=4)
     if rows.empty:
@@ -52,7 +52,7 @@ def plot_shapes(
         new_axes(ax, (4.6, 3.6)),
         predictions[predictions["label"].notna() & predictions["height"].notna()],
     )
-    right = (decide(known, threshold) == known["label"]).to_numpy()
+    right = (predict_labels(known, threshold) == known["label"]).to_numpy()
     size = known[["width", "height"]].to_numpy(float)
     for of, colour, mark, name in ((right, "0.65", "o", "right"), (~right, PALETTE[3], "x", "wrong")):
         ax.scatter(*size[of].T, s=14, color=colour, marker=mark, lw=1 if mark == "x" else 0, alpha=0.7,

@@ -8,8 +8,8 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from .metrics import eight
-from .predictions import questions
+from .metrics import binary_metrics
+from .predictions import binary_tasks
 from ..frame import Task
 from ..show import table
 from ..stats.bootstrap import Estimate
@@ -39,7 +39,7 @@ def report_notes(
     values: pd.DataFrame, # from `evaluate`
 ) -> list[str]: # one sentence each
     "What was left out, tied, not chosen, and not independent."
-    asked, task = questions(predictions), Task.of(predictions)
+    asked, task = binary_tasks(predictions), Task.of(predictions)
     notes = _blank(predictions, asked, task)
     missing = values[(values["metric"] == "AUC") & (values["note"] != "")]
     notes += [f"AUC of {r.of}: {r.note}." for r in missing.itertuples()]
@@ -85,7 +85,7 @@ def report_sentences(
 ) -> list[str]: # the first says what was read
     "The result in words."
     v = {(r.of, r.metric): Estimate(r.value, r.low, r.high, r.note) for r in values.itertuples()}
-    task, asked = Task.of(predictions), questions(predictions)
+    task, asked = Task.of(predictions), binary_tasks(predictions)
     who = "patients" if keys.str.startswith("patient:").all() else "patients, examinations or single images"
     read = f"{model[:1].upper() + model[1:]} read {len(predictions)} images of {keys.nunique()} {who}"
     if len(asked) == 1 and cut is not None:
@@ -102,7 +102,7 @@ def _percent(e):
     return f"{100 * e.value:.1f} % ({known})"
 
 def _about_one(read, v, c, scored, cut):
-    k = eight(*scored, cut)
+    k = binary_metrics(*scored, cut)
     sick, well, called = k["tp"] + k["fn"], k["tn"] + k["fp"], k["tp"] + k["fp"]
     return [
         f"{read}; {sick} of the {sick + well} with known truth show {c}.",
@@ -151,7 +151,7 @@ def report_table(
     v = values.assign(text=[str(Estimate(*x)) for x in values[["value", "low", "high",
                                                                "note"]].itertuples(index=False)])
     if cut is not None:
-        return _long_table(v[v["of"].isin(["all", *questions(predictions)])], cut)
+        return _long_table(v[v["of"].isin(["all", *binary_tasks(predictions)])], cut)
     wide = v[(v["of"] != "all") & ~v["metric"].isin(["ppv", "npv"])].drop_duplicates(["of", "metric"])
     rows, metrics = list(dict.fromkeys(wide["of"])), list(dict.fromkeys(wide["metric"]))
     wide = wide.pivot(index="of", columns="metric",

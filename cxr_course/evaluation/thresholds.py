@@ -12,15 +12,15 @@ import pandas as pd
 
 from ..core import CourseError
 from .plots import new_axes
-from .predictions import checked, patient_groups, questions
+from .predictions import validate_predictions, patient_groups, binary_tasks
 from ..frame import Task
 from ..show import PALETTE
-from ..stats.bootstrap import resample
-from ..stats.curves import drop_unknown, roc
+from ..stats.bootstrap import bootstrap_counts
+from ..stats.curves import drop_unknown, roc_curve
 
 # %% auto #0
-__all__ = ['RULES', 'refuse_unless_validation', 'choose_threshold', 'predictive_values', 'shift_prior', 'net_benefit',
-           'plot_net_benefit']
+__all__ = ['THRESHOLD_RULES', 'refuse_unless_validation', 'choose_threshold', 'predictive_values', 'adjust_prevalence',
+           'net_benefit', 'plot_net_benefit']
 
 # %% ../../nbs/library/evaluation/thresholds.ipynb #1fc00ca7
 def refuse_unless_validation(
@@ -41,7 +41,7 @@ def refuse_unless_validation(
                               "predictions[predictions['split'] == 'val']")
 
 # %% ../../nbs/library/evaluation/thresholds.ipynb #527c125b
-RULES = ("youden", "sensitivity", "specificity", "cost")
+THRESHOLD_RULES = ("youden", "sensitivity", "specificity", "cost")
 
 def choose_threshold(
     predictions: pd.DataFrame, # VALIDATION predictions, of two classes or of findings
@@ -50,13 +50,13 @@ def choose_threshold(
     value: float | None = None,
 ) -> float | dict[str, float]: # one threshold for two classes; one a finding for findings
     "The threshold a rule asks for, chosen on validation images and never on test images."
-    if rule not in RULES:
-        raise CourseError(f"unknown rule {rule!r}", None, f"use one of {', '.join(RULES)}")
+    if rule not in THRESHOLD_RULES:
+        raise CourseError(f"unknown rule {rule!r}", None, f"use one of {', '.join(THRESHOLD_RULES)}")
     if rule != "youden" and (value is None or value <= 0 or (rule != "cost" and value > 1)):
         raise CourseError(f"the rule {rule!r} needs a value", f"value={value}",
                           "a share such as .95; for 'cost' a positive number")
     refuse_unless_validation(predictions, "a threshold would be chosen")
-    task, asked = Task.of(predictions), questions(predictions)
+    task, asked = Task.of(predictions), binary_tasks(predictions)
     if not task.findings and task.outputs > 1:
         raise CourseError("a threshold decides between two classes", f"here are {len(asked)}",
                           "the largest probability decides between more")
@@ -70,7 +70,7 @@ def _cut(name, y, s, rule, value):
         raise CourseError(f"no threshold can be chosen for {name}",
                           f"{sick} validation images with it, {healthy} without",
                           "choose it on images of both kinds")
-    fpr, tpr, at = roc(y, s)
+    fpr, tpr, at = roc_curve(y, s)
     if rule == "sensitivity":
         best = int(np.argmax(tpr >= value - 1e-12))                      # the strictest that finds enough
     elif rule == "specificity":
@@ -95,14 +95,14 @@ def predictive_values(
         return np.divide(found, yes), np.divide(spared, no)
 
 # %% ../../nbs/library/evaluation/thresholds.ipynb #f64f0564
-def shift_prior(
+def adjust_prevalence(
     predictions: pd.DataFrame, # predictions of two or more classes
     # how common each class was where the model learned (a number: the last of two classes)
     old: dict[str, float] | float,
     new: dict[str, float] | float, # how common it is where the model is used
 ) -> pd.DataFrame: # the same frame with corrected probabilities
     "Correct probabilities for a change in how common the classes are."
-    task = Task.of(checked(predictions))
+    task = Task.of(validate_predictions(predictions))
     if task.findings:
         raise CourseError("findings do not exclude each other", None,
                           "correct each finding as a frame of two classes of its own")
@@ -124,14 +124,14 @@ def net_benefit(
     seed: int = 0, # same seed, same intervals
 ) -> pd.DataFrame: # a row a threshold: model, low, high, all, none
     "Net benefit: true alarms, less the false ones at the price that the threshold itself implies."
-    asked = questions(predictions)
+    asked = binary_tasks(predictions)
     if len(asked) > 1:
         raise CourseError("net benefit is counted for one yes-or-no question",
                           f"here are {len(asked)}: {', '.join(asked)}",
                           "give it the predictions of two classes")
     y, p, keys = drop_unknown(*asked.popitem()[1], patient_groups(predictions).to_numpy())
     at = np.asarray(list(thresholds), float)
-    codes, counts = resample(keys, times, seed)
+    codes, counts = bootstrap_counts(keys, times, seed)
     price, images = at / (1 - at), np.bincount(codes, minlength=len(counts))
     # (thresholds, images): what acting on an image is worth
     gain = y - (1 - y) * price[:, None]

@@ -15,8 +15,8 @@ import pandas as pd
 from ..core import CourseError, atomic
 from ..data.read import read_image
 from ..data.resize import crop_to_aspect, resize
-from ..evaluation.metrics import decide
-from ..evaluation.predictions import questions
+from ..evaluation.metrics import predict_labels
+from ..evaluation.predictions import binary_tasks
 from .maps import explain, show_explanations
 from .targets import class_logit, target_for
 from ..frame import Task
@@ -32,7 +32,7 @@ def map_captions(
     predictions: pd.DataFrame, # of one label an image, from `predict_split`; the truth may be missing
 ) -> list[str]: # one line an image
     "System C's titles: prediction, its probability, and the truth."
-    said = decide(predictions)
+    said = predict_labels(predictions)
     p = [predictions[f"p_{c}"].iloc[i] for i, c in enumerate(said)]
     return [f"{s} {q:.2f}" + ("" if pd.isna(t) else f", truth {t}") for s, q,
             t in zip(said, p, predictions["label"])]
@@ -63,7 +63,7 @@ def explanation_panel(
     "System B's panel."
     names = Task.of(predictions).names
     aucs = pd.Series({c: auc(*q) for c,
-                      q in questions(predictions).items()}).dropna().sort_values(ascending=False).head(k)
+                      q in binary_tasks(predictions).items()}).dropna().sort_values(ascending=False).head(k)
     heat = {c: explain(model, films, class_logit(names.index(c)), method) for c in aucs.index}
     drawn, titles = [], []
     for i in range(len(films)):

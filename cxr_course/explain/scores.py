@@ -16,7 +16,7 @@ from ..core import rng
 from ..data.resize import crop_resize
 from ..evaluation.subgroup_plots import plot_forest
 from .maps import asked_target, is_empty, model_input, network_of
-from ..stats.bootstrap import interval, resample
+from ..stats.bootstrap import bootstrap_ci, bootstrap_counts
 
 # %% auto #0
 __all__ = ['pointing_game', 'energy_inside', 'baseline_maps', 'score_maps', 'plot_map_scores', 'box_masks', 'deletion_insertion']
@@ -63,9 +63,9 @@ def score_maps(
     times: int = 1000, # imagined studies for the intervals
 ) -> pd.DataFrame: # index the names; pointing, energy, each with _low and _high; silent: share of empty maps
     "Pointing game and energy of each kind of map, with 95 % intervals by patient."
-    codes, drawn = resample(patients, times)
+    codes, drawn = bootstrap_counts(patients, times)
     size = drawn[codes].sum(0)
-    def estimate(each): return interval(float(each.mean()), each @ drawn[codes] / size)
+    def estimate(each): return bootstrap_ci(float(each.mean()), each @ drawn[codes] / size)
     rows = {}
     for name, h in heat.items():
         p, e = estimate(pointing_game(h, masks, tolerance)), estimate(energy_inside(h, masks))

@@ -16,13 +16,13 @@ import pandas as pd
 from ..core import CourseError, atomic, cache_dir
 from ..data.splits import refuse_leakage
 from ..evaluation.calibration import Calibration, calibrate
-from ..evaluation.predictions import questions
+from ..evaluation.predictions import binary_tasks
 from ..evaluation.thresholds import choose_threshold
 from ..frame import Task, groups
 from .classical import flatten_images, grid_search
 from ..show import PALETTE
 from ..stats.bootstrap import Estimate
-from ..stats.intervals import auc_interval
+from ..stats.intervals import auc_ci
 
 # %% auto #0
 __all__ = ['ClassicalModel', 'fit_classical', 'Baseline', 'classical_baseline']
@@ -127,9 +127,9 @@ def classical_baseline(
     if kept.exists():
         return Baseline.read(kept)
     read = fit_classical(store, kind, side, n_folds, seed).predict(store, "test")
-    (y, p), = questions(read).values()
+    (y, p), = binary_tasks(read).values()
     keys = groups(read)
-    auc = auc_interval(y, p, keys, seed=seed)
+    auc = auc_ci(y, p, keys, seed=seed)
     name = {"svm": "PCA + SVM", "logistic": "PCA + logistic regression"}[kind]
     made = Baseline(name, auc.value, auc.low, auc.high, len(read), int(keys.nunique()))
     made.save(kept)

@@ -13,8 +13,8 @@ from ..frame import Task, groups
 from ..show import PALETTE
 
 # %% auto #0
-__all__ = ['training_rows', 'training_labels', 'frequencies', 'weights', 'class_weights', 'contributions', 'plot_contributions',
-           'weighted_loss', 'even_rows']
+__all__ = ['training_rows', 'training_labels', 'class_frequencies', 'positive_negative_weights', 'class_weights',
+           'loss_contributions', 'plot_loss_contributions', 'weighted_loss', 'balanced_sample']
 
 # %% ../../nbs/library/models/finding_weights.ipynb #e75dfa2c
 def training_rows(
@@ -40,7 +40,7 @@ def training_labels(
     return task.indicators(rows)[list(task.names[-1:] if task.outputs == 1 else task.names)].to_numpy(float)
 
 # %% ../../nbs/library/models/finding_weights.ipynb #3ca4420a
-def frequencies(
+def class_frequencies(
     labels: np.ndarray, # (n,) or (n, k) truth: 1, 0, or NaN for unknown
 ) -> tuple[np.ndarray, np.ndarray]: # (k,) share of the known images with each finding, and without
     "How common each finding is, and how common its absence."
@@ -52,7 +52,7 @@ def frequencies(
     return positive, 1 - positive
 
 # %% ../../nbs/library/models/finding_weights.ipynb #170538a3
-def weights(
+def positive_negative_weights(
     positive: np.ndarray, # (k,) frequency of each finding
     even: bool = True, # let every finding count alike; False: system B's weights, the opposite frequencies
 ) -> tuple[np.ndarray, np.ndarray]: # (k,) weight of an image with the finding, and of one without
@@ -83,18 +83,18 @@ def class_weights(
     return {i: float(n.sum() / (len(n) * c)) for i, c in enumerate(n)}
 
 # %% ../../nbs/library/models/finding_weights.ipynb #9d7dc281
-def contributions(
+def loss_contributions(
     labels: np.ndarray, # (n, k) truth: 1, 0, or NaN
     positive: np.ndarray | float = 1., # (k,) weight of an image with the finding
     negative: np.ndarray | float = 1., # (k,) weight of an image without it
 ) -> pd.DataFrame: # a row a finding: `with it`, `without it`
     "The part of the loss from images with a finding and from images without it, while every image has the same loss."
-    p, n = frequencies(labels)
+    p, n = class_frequencies(labels)
     return pd.DataFrame({"with it": p * positive, "without it": n * negative})
 
 # %% ../../nbs/library/models/finding_weights.ipynb #d685dd44
-def plot_contributions(
-    parts: dict[str, pd.DataFrame], # title -> from `contributions`; the index names the findings
+def plot_loss_contributions(
+    parts: dict[str, pd.DataFrame], # title -> from `loss_contributions`; the index names the findings
 ): # a matplotlib Figure
     "Who contributes to the loss, side by side under several weightings."
     import matplotlib.pyplot as plt
@@ -129,7 +129,7 @@ def weighted_loss(
     return float(-each.mean(axis=0).sum())
 
 # %% ../../nbs/library/models/finding_weights.ipynb #ffd800fc
-def even_rows(
+def balanced_sample(
     frame: pd.DataFrame, # images with a column `split`
     images: int | None = None, # how many training rows to draw; default: as many as there are
     seed: int = 0, # another seed, another draw

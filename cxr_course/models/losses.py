@@ -11,15 +11,15 @@ import pandas as pd
 from scipy.special import expit, log_softmax, softmax
 
 from ..core import CourseError
-from ..evaluation.predictions import checked
+from ..evaluation.predictions import validate_predictions
 from ..frame import Task
 from .cnn import classifier_head
 from cxr_course.models.finding_weights import (
-    class_weights, frequencies, training_labels, training_rows, weights,
+    class_weights, class_frequencies, training_labels, training_rows, positive_negative_weights,
 )
 
 # %% auto #0
-__all__ = ['KINDS', 'cross_entropy', 'SigmoidLoss', 'SoftmaxLoss', 'loss_for', 'start_bias', 'honest']
+__all__ = ['LOSSES', 'cross_entropy', 'SigmoidLoss', 'SoftmaxLoss', 'loss_for', 'initial_bias', 'undo_weighting']
 
 # %% ../../nbs/library/models/losses.ipynb #e2dc4b7e
 def cross_entropy(
@@ -61,8 +61,8 @@ class SigmoidLoss(keras.losses.Loss):
     def from_labels(
         cls, images, gamma: float = 0.0, *, even: bool = True, true_odds: bool = False
     ) -> SigmoidLoss:
-        "With the weights of `weights`, from an image store, a frame (its training rows) or an array of labels."
-        return cls(*weights(frequencies(training_labels(images))[0], even), gamma=gamma, true_odds=true_odds)
+        "With the weights of `positive_negative_weights`, from an image store, a frame (its training rows) or an array of labels."
+        return cls(*positive_negative_weights(class_frequencies(training_labels(images))[0], even), gamma=gamma, true_odds=true_odds)
 
     def call(self, y, z):
         ops, k = keras.ops, len(self.positive)
@@ -109,7 +109,7 @@ def _refuse_weights(values: np.ndarray, gamma: float, true_odds: bool) -> None:
     if true_odds and (gamma or np.min(values) == 0):
         raise CourseError("only weights above 0, without focus, can be taken out by a shift",
                           f"gamma={gamma:g}",
-                          "leave true_odds off, and correct the predictions with `honest`")
+                          "leave true_odds off, and correct the predictions with `undo_weighting`")
 
 def _undo(q: np.ndarray, w: np.ndarray, gamma: float) -> np.ndarray:
     "Logarithms of the probabilities (n, k) in the real world, from those of the world that weights w (k,) and gamma made up."
@@ -165,7 +165,7 @@ class SoftmaxLoss(keras.losses.Loss):
         return {**super().get_config(), **own}
 
 # %% ../../nbs/library/models/losses.ipynb #e3db19ce
-KINDS = ("plain", "weighted", "focal")
+LOSSES = ("plain", "weighted", "focal")
 
 def loss_for(
     images, # an image store or a frame; its training rows are counted
@@ -177,8 +177,8 @@ def loss_for(
     true_odds: bool = False, # of 'weighted': the network's own probabilities stay those of the real world
 ) -> SigmoidLoss | SoftmaxLoss | None: # for `fit(loss=...)`; None is its own plain loss
     "The loss that fits the images: findings, two classes or more."
-    if kind not in KINDS:
-        raise CourseError(f"there is no loss {kind!r}", None, f"choose one of {', '.join(KINDS)}")
+    if kind not in LOSSES:
+        raise CourseError(f"there is no loss {kind!r}", None, f"choose one of {', '.join(LOSSES)}")
     if kind == "plain":
         return None
     task = Task.of(getattr(images, "frame", images))
@@ -196,7 +196,7 @@ def loss_for(
     )
 
 # %% ../../nbs/library/models/losses.ipynb #51a14428
-def start_bias(
+def initial_bias(
     model, # a model that keeps the contract; its last layer is changed
     images, # an image store or a frame; its training rows are counted
     loss=None, # the SigmoidLoss or SoftmaxLoss that will be used; None: the plain one
@@ -210,7 +210,7 @@ def start_bias(
     if task.findings or model.output_shape[-1] == 1:
         y = training_labels(images)
         # never seen is not impossible
-        p = np.clip(np.nan_to_num(frequencies(y)[0], nan=.5), .5 / len(y), 1 - .5 / len(y))
+        p = np.clip(np.nan_to_num(class_frequencies(y)[0], nan=.5), .5 / len(y), 1 - .5 / len(y))
         bias = np.log(p) - np.log1p(-p) + (np.log(loss.positive / loss.negative) if shifted else 0.)
     else:
         counts = np.array(list(task.counts(rows).values()), float)
@@ -219,12 +219,12 @@ def start_bias(
     return model
 
 # %% ../../nbs/library/models/losses.ipynb #2f29c4b1
-def honest(
+def undo_weighting(
     predictions: pd.DataFrame, # a frame of predictions
     loss: SigmoidLoss | SoftmaxLoss | None, # what the network was trained with; None changes nothing
 ) -> pd.DataFrame: # the same frame, the probabilities corrected; no image changes places with another
     "Take out of the probabilities what the weights and the focus of a loss put into them."
-    task = Task.of(checked(predictions))
+    task = Task.of(validate_predictions(predictions))
     if loss is None or loss.true_odds:
         return predictions
     p = predictions[task.p_columns].to_numpy(float)

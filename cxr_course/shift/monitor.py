@@ -18,8 +18,8 @@ import pandas as pd
 from .. import show
 from ..core import CourseError, atomic, rng
 from ..data.building import build_store
-from ..data.layouts import PICTURES, parse_name
-from ..data.loading import load
+from ..data.layouts import IMAGE_SUFFIXES, parse_file_name
+from ..data.loading import load_dataset
 from ..data.read import read_image
 from ..data.resize import crop_resize
 from ..data.store import ImageStore
@@ -220,21 +220,21 @@ def _some(a: Embedding, side: str, limit: int, seed: int) -> Embedding:
     return a.rows(np.isin(a.keys, who[rng(seed, "shift.limit", side).permutation(len(who))[:limit]]))
 
 # %% ../../nbs/library/shift/monitor.ipynb #7f95cfdf
-# what `load` says of a heap
+# what `load_dataset` says of a heap
 _UNLABELLED = ("no layout of this course", "DICOM files without labels", "a folder of one class")
 
 def _loaded(folder: Path) -> pd.DataFrame:
     "A labelled set, or the image files of a folder; a set that is damaged is an error and no heap."
     try:
-        return load(folder, sizes=False)
+        return load_dataset(folder, sizes=False)
     except CourseError as error:
         if not error.what.startswith(_UNLABELLED) or not folder.is_dir():
             raise
-    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name.lower().endswith(PICTURES)
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name.lower().endswith(IMAGE_SUFFIXES)
                    and not p.name.startswith("."))
     if not files:
-        raise CourseError("no picture here", folder, f"the course reads {', '.join(PICTURES)}")
-    return pd.DataFrame([dict(path=str(p), patient=parse_name(p.name)["patient"]) for p in files])
+        raise CourseError("no picture here", folder, f"the course reads {', '.join(IMAGE_SUFFIXES)}")
+    return pd.DataFrame([dict(path=str(p), patient=parse_file_name(p.name)["patient"]) for p in files])
 
 # %% ../../nbs/library/shift/monitor.ipynb #79c8b9bb
 def load_arrivals(

@@ -9,7 +9,7 @@ import numpy as np
 
 from ..core import rng
 from ..stats.bootstrap import Estimate
-from ..stats.intervals import auc_interval
+from ..stats.intervals import auc_ci
 from ..training.reference import Embedding
 
 # %% auto #0
@@ -33,7 +33,7 @@ def domain_classifier_auc(
     for f in np.unique(at):
         fitted = _classifier().fit(x[at != f], y[at != f])
         score[at == f] = rankdata(fitted.decision_function(x[at == f])) / (at == f).sum()
-    return auc_interval(y, score, who, method="percentile", times=300)
+    return auc_ci(y, score, who, method="percentile", times=300)
 
 # %% ../../nbs/library/shift/novelty.ipynb #7fb1cfe8
 def _classifier():

@@ -13,12 +13,12 @@ import pandas as pd
 
 from ..core import CourseError, rng
 from ..data.store import ImageStore
-from ..evaluation.metrics import eight
-from ..evaluation.predictions import questions
+from ..evaluation.metrics import binary_metrics
+from ..evaluation.predictions import binary_tasks
 from ..frame import Task, groups
 from ..models.cnn import CNNSpec, build_cnn
 from ..show import PALETTE
-from ..stats.bootstrap import resample, resampled_auc
+from ..stats.bootstrap import bootstrap_counts, bootstrap_auc
 from ..stats.curves import auc
 from ..training.fit import fit
 from ..training.scores import predict_split
@@ -32,8 +32,8 @@ def metrics_per_split(
     threshold: float = .5, # yes from here upwards
 ) -> pd.DataFrame: # one row a set and question: set, of, tp, fp, tn, fn, accuracy, precision, recall, auc
     "The eight figures of every set, computed from nothing but its own images."
-    return pd.DataFrame([dict(set=name, of=of, **eight(y, s, threshold)) for name, p in sets.items() for of,
-                         (y, s) in questions(p).items()])
+    return pd.DataFrame([dict(set=name, of=of, **binary_metrics(y, s, threshold)) for name, p in sets.items() for of,
+                         (y, s) in binary_tasks(p).items()])
 
 # %% ../../nbs/library/shift/trials.ipynb #93998bf9
 def shortcut_trial(
@@ -71,8 +71,8 @@ def _drawn(t: pd.DataFrame, times: int) -> dict[int, np.ndarray]:
     found = {}
     for seed, s in t.groupby("seed"):
         s = s.sort_values("path")
-        y, p, (codes, counts) = s["truth"].to_numpy(), s["score"].to_numpy(), resample(s["key"], times)
-        found[seed] = np.r_[auc(y, p), resampled_auc(y, p, codes, counts)]
+        y, p, (codes, counts) = s["truth"].to_numpy(), s["score"].to_numpy(), bootstrap_counts(s["key"], times)
+        found[seed] = np.r_[auc(y, p), bootstrap_auc(y, p, codes, counts)]
     return found
 
 def _mean(drawn: Mapping[int, np.ndarray], level: float) -> tuple[float, float, float]:

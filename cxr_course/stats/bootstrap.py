@@ -16,10 +16,10 @@ from ..core import CourseError, rng
 from .curves import drop_unknown
 
 # %% auto #0
-__all__ = ['resample', 'resampled_auc', 'resampled_precision', 'roc_band', 'Estimate', 'interval', 'ratio']
+__all__ = ['bootstrap_counts', 'bootstrap_auc', 'bootstrap_average_precision', 'roc_band', 'Estimate', 'bootstrap_ci', 'ratio_ci']
 
 # %% ../../nbs/library/stats/bootstrap.ipynb #41bcc98a
-def resample(
+def bootstrap_counts(
     keys: Iterable, # (n,) one key an image: its patient
     times: int = 1000, # how many resampled studies
     seed: int = 0, # same seed, same studies
@@ -33,11 +33,11 @@ def resample(
     return codes, counts
 
 # %% ../../nbs/library/stats/bootstrap.ipynb #4305a127
-def resampled_auc(
+def bootstrap_auc(
     y: np.ndarray, # (n,) truth: 1, 0, or NaN
     s: np.ndarray, # (n,) score
     codes: np.ndarray, # (n,) number of each image's patient
-    counts: np.ndarray, # (patients, times) from `resample`
+    counts: np.ndarray, # (patients, times) from `bootstrap_counts`
 ) -> np.ndarray: # (times,) one AUC for each resampled study; NaN where it drew only one class
     "The AUC of every resampled study at once: sort once, then only add."
     y, s, codes = drop_unknown(y, s, codes)
@@ -59,11 +59,11 @@ def resampled_auc(
     return out
 
 # %% ../../nbs/library/stats/bootstrap.ipynb #418c982f
-def resampled_precision(
+def bootstrap_average_precision(
     y: np.ndarray, # (n,) truth: 1, 0, or NaN
     s: np.ndarray, # (n,) score
     codes: np.ndarray, # (n,) number of each image's patient
-    counts: np.ndarray, # (patients, times) from `resample`
+    counts: np.ndarray, # (patients, times) from `bootstrap_counts`
 ) -> np.ndarray: # (times,) one average precision for each resampled study; NaN where nobody had the finding
     "The average precision of every resampled study at once."
     y, s, codes = drop_unknown(y, s, codes)
@@ -93,7 +93,7 @@ def roc_band(
     y: np.ndarray, # (n,) truth: 1, 0, or NaN
     s: np.ndarray, # (n,) score
     codes: np.ndarray, # (n,) number of each image's patient
-    counts: np.ndarray, # (patients, times) from `resample`
+    counts: np.ndarray, # (patients, times) from `bootstrap_counts`
     level: float = .95, # of the band, at each false positive rate for itself
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]: # false positive rates, lowest and highest true positive rate
     "The band in which the ROC curves of resampled studies run."
@@ -123,7 +123,7 @@ class Estimate(NamedTuple):
         return f"{self.value:.3f}" + ("" if np.isnan(self.low) else f" ({self.low:.3f} to {self.high:.3f})")
 
 # %% ../../nbs/library/stats/bootstrap.ipynb #01d7f6e3
-def interval(
+def bootstrap_ci(
     value: float, # the value on all patients
     replicates: np.ndarray, # (times,) the value in each resampled study
     # (patients,) the value without each patient in turn: makes the interval BCa
@@ -158,7 +158,7 @@ def _bca_tails(value, kept, left_out, tails):
     return norm.cdf(bias + z / (1 - acceleration * z))
 
 # %% ../../nbs/library/stats/bootstrap.ipynb #57d216bc
-def ratio(
+def ratio_ci(
     part: np.ndarray, # (n,) what each image adds above the line
     whole: np.ndarray, # (n,) what it adds below the line
     keys: Iterable, # (n,) patient of each image
@@ -167,7 +167,7 @@ def ratio(
     seed: int = 0, # same seed, same interval
 ) -> Estimate: # sum of the parts over sum of the wholes
     "A ratio of sums over images, with a bootstrap interval over patients."
-    codes, counts = resample(keys, times, seed)
+    codes, counts = bootstrap_counts(keys, times, seed)
     if not len(part) == len(whole) == len(codes):
         raise CourseError("parts, wholes and patients need one value an image",
                           f"lengths {[len(part), len(whole), len(codes)]}")
@@ -175,4 +175,4 @@ def ratio(
     if not b.sum():
         return Estimate(float("nan"), note="nothing to count")
     with np.errstate(invalid="ignore"):
-        return interval(a.sum() / b.sum(), (a @ counts) / (b @ counts), level=level)
+        return bootstrap_ci(a.sum() / b.sum(), (a @ counts) / (b @ counts), level=level)

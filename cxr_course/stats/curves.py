@@ -11,7 +11,7 @@ from scipy.stats import rankdata
 from ..core import CourseError
 
 # %% auto #0
-__all__ = ['drop_unknown', 'auc', 'roc', 'precision_recall', 'average_precision']
+__all__ = ['drop_unknown', 'auc', 'roc_curve', 'precision_recall_curve', 'average_precision']
 
 # %% ../../nbs/library/stats/curves.ipynb #0629e763
 def drop_unknown(
@@ -46,7 +46,7 @@ def auc(
     return float((rankdata(s)[y == 1].sum() - n_pos * (n_pos + 1) / 2) / (n_pos * n_neg))
 
 # %% ../../nbs/library/stats/curves.ipynb #3466bbd1
-def roc(
+def roc_curve(
     y: np.ndarray, # (n,) truth: 1, 0, or NaN
     s: np.ndarray, # (n,) score
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]: # false positive rate, true positive rate, threshold
@@ -64,7 +64,7 @@ def _counts_down(y, s):
     return tp, ends + 1 - tp, s[order][ends]
 
 # %% ../../nbs/library/stats/curves.ipynb #e24981e2
-def precision_recall(
+def precision_recall_curve(
     y: np.ndarray, # (n,) truth: 1, 0, or NaN
     s: np.ndarray, # (n,) score
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]: # precision, recall, threshold, from the strictest threshold to the loosest
@@ -81,5 +81,5 @@ def average_precision(
     "The mean precision over the images that have the finding."
     if not (np.asarray(y, float) == 1).any():
         return float("nan")
-    precision, recall, _ = precision_recall(y, s)
+    precision, recall, _ = precision_recall_curve(y, s)
     return float(np.sum(np.diff(np.r_[0, recall]) * precision))

@@ -12,14 +12,14 @@ import pandas as pd
 from scipy.stats import norm, rankdata
 
 from ..core import CourseError
-from .bootstrap import Estimate, interval, resample, resampled_auc
+from .bootstrap import Estimate, bootstrap_ci, bootstrap_counts, bootstrap_auc
 from .curves import auc, drop_unknown
 
 # %% auto #0
-__all__ = ['left_out_auc', 'delong', 'auc_interval', 'compare', 'wilson', 'share']
+__all__ = ['jackknife_auc', 'delong_variance', 'auc_ci', 'delong_test', 'wilson_ci', 'proportion_ci']
 
 # %% ../../nbs/library/stats/intervals.ipynb #5ef7f214
-def left_out_auc(
+def jackknife_auc(
     y: np.ndarray, # (n,) truth: 1, 0, or NaN
     s: np.ndarray, # (n,) score
     codes: np.ndarray, # (n,) number of each image's patient
@@ -46,7 +46,7 @@ def _placements(y, s):
     return won, lost
 
 # %% ../../nbs/library/stats/intervals.ipynb #acb47520
-def delong(
+def delong_variance(
     y: np.ndarray, # (n,) truth: 1, 0, or NaN
     scores: np.ndarray, # (n,) one model, or (models, n) several on the same images
     # (n,) patient of each image; None treats images as independent, as DeLong did
@@ -67,7 +67,7 @@ def delong(
     return area, own + cross + cross.T
 
 # %% ../../nbs/library/stats/intervals.ipynb #2abec5e4
-def auc_interval(
+def auc_ci(
     y: np.ndarray, # (n,) truth: 1, 0, or NaN
     s: np.ndarray, # (n,) score
     keys: Iterable, # (n,) patient of each image
@@ -84,11 +84,11 @@ def auc_interval(
     if np.isnan(value):
         return Estimate(value, note=_why_missing(y))
     if method == "delong":
-        half = norm.ppf((1 + level) / 2) * np.sqrt(delong(y, s, keys)[1][0, 0])
+        half = norm.ppf((1 + level) / 2) * np.sqrt(delong_variance(y, s, keys)[1][0, 0])
         return Estimate(value, max(0., value - half), min(1., value + half))
-    codes, counts = resample(keys, times, seed)
-    left = left_out_auc(y, s, codes, len(counts)) if method == "bca" else None
-    return interval(value, resampled_auc(y, s, codes, counts), left, level)
+    codes, counts = bootstrap_counts(keys, times, seed)
+    left = jackknife_auc(y, s, codes, len(counts)) if method == "bca" else None
+    return bootstrap_ci(value, bootstrap_auc(y, s, codes, counts), left, level)
 
 # %% ../../nbs/library/stats/intervals.ipynb #7d74d0a1
 def _why_missing(y):
@@ -98,7 +98,7 @@ def _why_missing(y):
     return "no image shows it" if not (y == 1).any() else "every image shows it"
 
 # %% ../../nbs/library/stats/intervals.ipynb #637c23cf
-def compare(
+def delong_test(
     y: np.ndarray, # (n,) truth: 1, 0, or NaN
     a: np.ndarray, # (n,) score of one model
     b: np.ndarray, # (n,) score of another on the same images, in the same order
@@ -107,7 +107,7 @@ def compare(
 ) -> tuple[Estimate, float]: # AUC of a minus AUC of b with its interval; p value of no difference
     "Are two models that read the same images different? DeLong's paired comparison."
     if isinstance(y, pd.DataFrame) or isinstance(a, pd.DataFrame):
-        raise CourseError("`compare` takes the truth and two arrays of scores, not frames", None,
+        raise CourseError("`delong_test` takes the truth and two arrays of scores, not frames", None,
                           "use compare_models(one, other), which matches two frames of predictions by image")
     if len(a) != len(b):
         raise CourseError("two models can only be compared on the same images",
@@ -117,14 +117,14 @@ def compare(
                                                            else [np.asarray(keys, dtype=object)]))
     if not 0 < y.sum() < len(y):
         return Estimate(float("nan"), note=_why_missing(y)), float("nan")
-    area, cov = delong(y, scores, *keys)
+    area, cov = delong_variance(y, scores, *keys)
     gap, variance = float(area[0] - area[1]), cov[0, 0] + cov[1, 1] - 2 * cov[0, 1]
     error = float(np.sqrt(max(variance, 0)))
     half = norm.ppf((1 + level) / 2) * error
     return Estimate(gap, gap - half, gap + half), float(2 * norm.sf(abs(gap) / error)) if error > 0 else 1.
 
 # %% ../../nbs/library/stats/intervals.ipynb #3d8dc337
-def wilson(
+def wilson_ci(
     hits: float, # how many
     n: float, # of how many
     level: float = .95, # of the interval
@@ -138,7 +138,7 @@ def wilson(
     return Estimate(float(p), float(max(0., min(p, middle - half))), float(min(1., max(p, middle + half))))
 
 # %% ../../nbs/library/stats/intervals.ipynb #7c42fbdf
-def share(
+def proportion_ci(
     hit: np.ndarray, # (n,) True where it happened
     keys: Iterable | None = None, # (n,) patient of each image; None: images are independent
     level: float = .95, # of the interval
@@ -147,7 +147,7 @@ def share(
     hit = np.asarray(hit, float)
     n = len(hit)
     if keys is None or not n:
-        return wilson(hit.sum(), n, level)
+        return wilson_ci(hit.sum(), n, level)
     codes, p = pd.factorize(np.asarray(keys, dtype=object))[0], hit.mean()
     if len(codes) != n:
         raise CourseError("a share needs one patient an image", f"{n} images, {len(codes)} patients")
@@ -156,4 +156,4 @@ def share(
     else:
         # nothing varied: a patient's images may all agree
         effect = (np.bincount(codes) ** 2).sum() / n
-    return wilson(p * n / effect, n / effect, level)
+    return wilson_ci(p * n / effect, n / effect, level)

@@ -11,7 +11,7 @@ import keras
 
 from ..core import by_run_size, cache_dir, sha256
 from ..data.building import build_store
-from ..data.loading import load
+from ..data.loading import load_dataset
 from ..data.splits import hold_out
 from ..frame import Task
 from ..models.backbone_facts import backbone_facts
@@ -96,7 +96,7 @@ def pretraining_images(
     folder = cache_dir("phantom") / f"pretraining-{kind}-{patients}-{max(shape)}-{seed}-v{PHANTOM_VERSION}"
     plan = population(patients, seed, kind, (1, 1), ("A", "B", "C"), pixels=max(shape) * 5 // 4)
     if not folder.exists(): write_dataset(plan, folder, {"pneumonia": "mendeley"}.get(kind, kind))
-    return build_store(hold_out(load(folder, classes=2 if kind == "pneumonia" else None), .15), shape)
+    return build_store(hold_out(load_dataset(folder, classes=2 if kind == "pneumonia" else None), .15), shape)
 
 # %% ../../nbs/library/training/backbones.ipynb #494e7327
 def pretrain_on_phantom(

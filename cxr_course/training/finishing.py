@@ -22,7 +22,7 @@ from ..core import CourseError, atomic
 from ..evaluation.breakdown import evaluate
 from ..evaluation.thresholds import choose_threshold
 from ..frame import Task, groups, make_frame
-from .reference import write
+from .reference import write_reference
 from .run import RUN_FORMAT, TrainingRun, load_run
 from .run_folder import read_history
 from .schedules import kept_epoch
@@ -45,7 +45,7 @@ def finish_run(
     with atomic(part / "predictions.csv") as file:
         predictions.to_csv(file, index=False)
     card = _card(model, train, val, plan, history, predictions) | dict(interrupted=interrupted)
-    card["seen"] = write(part, model, train, card, val=val)
+    card["seen"] = write_reference(part, model, train, card, val=val)
     with atomic(part / "card.json") as file:
         file.write_text(json.dumps(card, indent=1))
     if finish is not None:

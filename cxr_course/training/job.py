@@ -54,14 +54,14 @@ def _begin() -> None:
     tensorflow.constant(0.)
 
 # %% ../../nbs/library/training/job.ipynb #93976b8d
-RECIPES, LOSSES = ("plain", "strong"), ("plain", "weighted", "focal")
+RECIPES, LOSS_CHOICES = ("plain", "strong"), ("plain", "weighted", "focal")
 
 def _refuse_choices(recipe: str, loss) -> None:
     if recipe not in RECIPES:
         raise CourseError(f"there is no recipe {recipe!r}", None, f"use one of {', '.join(RECIPES)}")
-    if isinstance(loss, str) and loss not in LOSSES:
+    if isinstance(loss, str) and loss not in LOSS_CHOICES:
         raise CourseError(f"there is no loss {loss!r}", None,
-                          f"use one of {', '.join(LOSSES)}, or give a Keras loss")
+                          f"use one of {', '.join(LOSS_CHOICES)}, or give a Keras loss")
 
 def _refuse_weights_alone(backbone: str | None, weights, fallback: str | None) -> None:
     "Weights belong to a backbone, and a file of them must be there before an image is decoded."

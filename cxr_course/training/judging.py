@@ -13,9 +13,9 @@ import pandas as pd
 from ..core import CourseError
 from ..data.store import ImageStore
 from ..evaluation import report as report_module
-from ..evaluation.checklist import complete
-from ..evaluation.rare_findings import judged, plot_rocs
-from ..evaluation.report import Report
+from ..evaluation.checklist import add_checklist
+from ..evaluation.rare_findings import judge_findings, plot_finding_rocs
+from ..evaluation.report import EvaluationReport
 from ..frame import Task, groups
 from ..page import embed
 from ..show import table
@@ -70,18 +70,18 @@ def report_run(
     *,
     predictions: pd.DataFrame | None = None, # of the images that judge; default: the test images of the run
     name: str | None = None, # of the run, for the headline; default: that of its folder
-) -> Report:
+) -> EvaluationReport:
     "Judge a run on images it has not learned from: one page."
     predictions = run.predictions[run.predictions["split"] == "test"] if predictions is None else predictions
     t, name = run.card["training"], name or run.folder.name
     model = f"{run.card['model']['name']} (epoch {t['best_epoch']} of {t['epochs_run']} kept)"
     title = f"How well does {name} read?"
-    report = report_module.report(predictions, _thresholds(run), title=title, model=model)
+    report = report_module.evaluation_report(predictions, _thresholds(run), title=title, model=model)
     curves = embed(plot_history(run), "training curves")
     report.sections += [("How it was trained", curves), ("Model card", model_card(run.card, name, "html"))]
     if run.card["kind"] == "findings":
         _each_finding(report, predictions)
-    complete(report, _facts(run))
+    add_checklist(report, _facts(run))
     if folder is not None:
         report.save(folder)
     return report
@@ -93,10 +93,10 @@ def _thresholds(run: TrainingRun):
         return run.threshold
     return {name: t for name, t in run.threshold.items() if t is not None}
 
-def _each_finding(report: Report, predictions: pd.DataFrame) -> None:
+def _each_finding(report: EvaluationReport, predictions: pd.DataFrame) -> None:
     "A panel a finding, and a note on those that cannot be judged."
-    verdicts = judged(predictions)
-    panels = embed(plot_rocs(predictions, verdicts), "ROC curves of the findings")
+    verdicts = judge_findings(predictions)
+    panels = embed(plot_finding_rocs(predictions, verdicts), "ROC curves of the findings")
     report.sections.insert(0, ("Each finding by itself", panels))
     rare = verdicts[verdicts["value"].isna()]
     if len(rare):
@@ -106,7 +106,7 @@ def _each_finding(report: Report, predictions: pd.DataFrame) -> None:
 
 # %% ../../nbs/library/training/judging.ipynb #eb50870e
 def report_text(
-    report: Report, # from `report_run`
+    report: EvaluationReport, # from `report_run`
 ) -> str:
     "A report as text: sentences, metrics with intervals, notes, and what was taken for what."
     if report.confusion is None:

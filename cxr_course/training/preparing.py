@@ -13,7 +13,7 @@ import pandas as pd
 
 from ..core import CourseError, cache_dir
 from ..data.building import build_store
-from ..data.duplicates import near_pairs, seen_as
+from ..data.duplicates import near_duplicates, perceptual_hash
 from ..data.read import to_unit
 from ..data.resize import crop_resize
 from ..data.splits import hold_out, leakage, refuse_leakage, split_by_patient
@@ -198,7 +198,7 @@ def _copies(store: ImageStore, near: bool) -> np.ndarray:
     copied = (rank > rank.groupby(store.hashes()).transform("min")).to_numpy(copy=True)
     if near:
         small = np.stack([_thumbnail(store, i) for i in range(len(store))])
-        for pair in near_pairs(seen_as(small), small).itertuples():
+        for pair in near_duplicates(perceptual_hash(small), small).itertuples():
             if rank[pair.a] != rank[pair.b]:
                 copied[pair.a if rank[pair.a] > rank[pair.b] else pair.b] = True
     return copied

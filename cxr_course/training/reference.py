@@ -20,17 +20,17 @@ from ..frame import Task, groups
 from ..models.cnn import classifier_head, feature_extractor, probabilities
 
 # %% auto #0
-__all__ = ['GRID', 'IMAGES', 'block_means', 'image_stats', 'reference_stats', 'ood_reasons', 'ood_survey', 'Embedding',
-           'embed_images', 'image_list', 'learned_from', 'write', 'load_reference']
+__all__ = ['STATS_GRID', 'IMAGE_COLUMNS', 'block_means', 'image_stats', 'reference_stats', 'ood_reasons', 'ood_survey',
+           'Embedding', 'embed_images', 'image_list', 'learned_from', 'write_reference', 'load_reference']
 
 # %% ../../nbs/library/training/reference.ipynb #2e715784
-GRID = 16   # blocks a side
+STATS_GRID = 16   # blocks a side
 
 def block_means(
     images: np.ndarray, # (n, h, w) in [0, 1]
 ) -> np.ndarray: # (n, 16, 16)
     "Images reduced to the means of 16 by 16 blocks."
-    rows, cols = (np.linspace(0, size, min(GRID, size) + 1).astype(int) for size in images.shape[1:])
+    rows, cols = (np.linspace(0, size, min(STATS_GRID, size) + 1).astype(int) for size in images.shape[1:])
     sums = np.add.reduceat(np.add.reduceat(images, rows[:-1], axis=1), cols[:-1], axis=2)
     return sums / np.diff(rows)[:, None] / np.diff(cols)
 
@@ -146,7 +146,7 @@ def embed_images(
     return Embedding(np.concatenate(means), p, groups(frame).to_numpy(str), frame["path"].to_numpy(str))
 
 # %% ../../nbs/library/training/reference.ipynb #e593bb82
-IMAGES = ("path", "patient", "group", "split", "sha256")   # the columns of images.csv
+IMAGE_COLUMNS = ("path", "patient", "group", "split", "sha256")   # the columns of images.csv
 
 def image_list(
     train: ImageStore, # its images of split `train`
@@ -156,7 +156,7 @@ def image_list(
     def part(store, teaches):
         chosen = store.frame["split"].notna() & ((store.frame["split"] == "train") == teaches)
         return store.frame.assign(sha256=store.hashes())[chosen]
-    return pd.concat([part(train, True), part(val, False)], ignore_index=True)[list(IMAGES)]
+    return pd.concat([part(train, True), part(val, False)], ignore_index=True)[list(IMAGE_COLUMNS)]
 
 # %% ../../nbs/library/training/reference.ipynb #b484aec4
 def learned_from(
@@ -172,7 +172,7 @@ def learned_from(
     return store.hashes().isin(set(known.loc[known["split"] != "test", "sha256"])).to_numpy()
 
 # %% ../../nbs/library/training/reference.ipynb #e85dbcd1
-def write(
+def write_reference(
     folder: str | Path, # a run folder, finished or not
     model, # the model of the run, with its best weights
     store: ImageStore, # the images it was trained on

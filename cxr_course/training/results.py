@@ -13,12 +13,12 @@ import numpy as np
 import pandas as pd
 
 from ..core import CourseError, atomic, rng
-from ..evaluation.breakdown import errors
-from ..evaluation.metrics import decide
-from ..evaluation.predictions import questions
+from ..evaluation.breakdown import error_breakdown
+from ..evaluation.metrics import predict_labels
+from ..evaluation.predictions import binary_tasks
 from ..frame import Task, groups
 from ..show import PALETTE
-from ..stats.bootstrap import resample, resampled_auc
+from ..stats.bootstrap import bootstrap_counts, bootstrap_auc
 from ..stats.curves import auc
 from .experiments import experiment_list
 from .run import TrainingRun, load_run
@@ -32,21 +32,21 @@ def macro_metric(
     predictions: pd.DataFrame, # of one split
 ) -> float: # between 0 and 1
     "AUC, averaged over the questions that have an answer."
-    return float(np.nanmean([auc(y, s) for y, s in questions(predictions).values()]))
+    return float(np.nanmean([auc(y, s) for y, s in binary_tasks(predictions).values()]))
 
 # %% ../../nbs/library/training/results.ipynb #e8d38660
 def run_metrics(
     predictions: pd.DataFrame, # of one split
 ) -> dict[str, float]: # AUC (mean over classes), accuracy, healthy against sick, and the recall of each class
     "What system A reported, and the AUC."
-    kinds = errors(predictions)["share"].map(lambda e: e.value)
+    kinds = error_breakdown(predictions)["share"].map(lambda e: e.value)
     right = kinds.get("right class", kinds["right, sick or healthy"])
     return dict(auc=macro_metric(predictions), accuracy=right, binary=kinds["right, sick or healthy"],
                 **_recalls(predictions))
 
 # %% ../../nbs/library/training/results.ipynb #526e2705
 def _recalls(predictions: pd.DataFrame, threshold=None) -> dict[str, float]:
-    said, labels = decide(predictions, threshold), predictions["label"]
+    said, labels = predict_labels(predictions, threshold), predictions["label"]
     return {f"recall {c}": float((said[labels == c] == c).mean()) for c in Task.of(predictions).names}
 
 # %% ../../nbs/library/training/results.ipynb #049f8b59
@@ -126,9 +126,9 @@ def _resampled(folder: Path, split: str, times: int) -> dict[int, np.ndarray]:
     for card in sorted(folder.glob("seed-*/card.json")):
         p = load_run(card.parent).predictions
         p = p[p["split"] == split].sort_values("path").reset_index(drop=True)
-        codes, counts = resample(groups(p), times, seed=0)
-        asked = questions(p).values()
-        each = [np.r_[auc(y, s), resampled_auc(y, s, codes, counts)] for y, s in asked]
+        codes, counts = bootstrap_counts(groups(p), times, seed=0)
+        asked = binary_tasks(p).values()
+        each = [np.r_[auc(y, s), bootstrap_auc(y, s, codes, counts)] for y, s in asked]
         known = ~np.isnan(each)                          # a redrawn set of patients can lack a class
         mean = np.nansum(each, 0) / np.maximum(known.sum(0), 1)
         found[int(card.parent.name[5:])] = np.where(known.any(0), mean, np.nan)
@@ -178,11 +178,11 @@ def record_result(
 # %% ../../nbs/library/training/results.ipynb #d2629c61
 def _reached(r: TrainingRun) -> dict:
     "What one run reached on its test images."
-    from cxr_course.evaluation.calibration import ece
+    from cxr_course.evaluation.calibration import calibration_error
     p, t = r.predictions[r.predictions["split"] == "test"].reset_index(drop=True), r.card["training"]
     names, two = Task.of(p).names, len(Task.of(p).names) == 2
     recall = _recalls(p, r.card["threshold"] if two else None)
-    calibration = ece(p["label"] == names[-1], p[f"p_{names[-1]}"],
+    calibration = calibration_error(p["label"] == names[-1], p[f"p_{names[-1]}"],
                                 groups(p)) if two else [None] * 3
     return dict(seed=t["seed"], date=r.card["date"][:10], auc=list(r.metric("AUC", "test"))[:3],
                 recall=dict(zip(names, recall.values())),

@@ -14,7 +14,7 @@ import tensorflow as tf
 
 from ..core import CourseError
 from ..data.read import to_unit
-from ..evaluation.predictions import questions
+from ..evaluation.predictions import binary_tasks
 from ..frame import Task
 from ..models.cnn import probabilities
 from ..models.losses import cross_entropy
@@ -173,7 +173,7 @@ def validation_scores(
     "What logits are worth."
     task, judge = Task.of(frame), getattr(loss, "judge", loss or cross_entropy)
     p = probabilities(z, task.findings)
-    asked = questions(task.predicted(frame, p)).values()
+    asked = binary_tasks(task.predicted(frame, p)).values()
     if task.findings:
         right = _mean_known(float(((s > 0.5) == y)[~np.isnan(y)].mean()) for y, s in asked
                             if not np.isnan(y).all())

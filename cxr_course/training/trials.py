@@ -17,7 +17,7 @@ from .fit import fit
 from .search_space import mean_auc, read_json, spec_of
 
 # %% auto #0
-__all__ = ['trials', 'best', 'trial_predictions', 'halves', 'caution', 'retrain']
+__all__ = ['trials', 'best_trial', 'trial_predictions', 'halves', 'caution', 'retrain']
 
 # %% ../../nbs/library/training/trials.ipynb #b9076fdb
 def _reason(message: str) -> str:
@@ -62,7 +62,7 @@ def trials(
                                                                  "seconds": float})
 
 # %% ../../nbs/library/training/trials.ipynb #d818f668
-def best(
+def best_trial(
     found: pd.DataFrame, # a table of trials
 ) -> pd.Series: # its row with the highest score
     "The winner of a search."
@@ -119,7 +119,7 @@ def caution(
 ) -> str:
     "What must be said beside the winner's figure."
     found, luck = trials(folder), halves(folder)
-    won, n = best(found), int((found["status"] == "done").sum())
+    won, n = best_trial(found), int((found["status"] == "done").sum())
     text = (f"Trial {won['trial']} has the best validation AUC of {n} trials, {won['score']:.3f}. "
             "The best of several looks better than it is")
     if len(luck) >= 20 and n > 1:
@@ -136,7 +136,7 @@ def retrain(
     **options, # for `fit`; default: batch, epochs and patience of the search
 ): # the finished `TrainingRun`, judged on the test images
     "Train the winner of a search once more, as an ordinary run."
-    plan, row = read_json(Path(folder, "plan.json")), best(trials(folder))
+    plan, row = read_json(Path(folder, "plan.json")), best_trial(trials(folder))
     model = build_cnn(spec_of(row), (*store.shape, 1), Task.of(store.frame).outputs, seed)
     options = {k: plan[k] for k in ("batch", "epochs", "patience")} | options
     return fit(model, store, run=run, seed=seed, name="tuned", lr=float(row["lr"]), **options)

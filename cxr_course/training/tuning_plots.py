@@ -12,7 +12,7 @@ from ..core import CourseError, rng
 from ..show import PALETTE
 
 # %% auto #0
-__all__ = ['hyperparameters', 'importance', 'plot_importance', 'plot_parallel']
+__all__ = ['hyperparameters', 'hyperparameter_importance', 'plot_importance', 'plot_parallel']
 
 # %% ../../nbs/library/training/tuning_plots.ipynb #cf42c687
 def hyperparameters(
@@ -31,7 +31,7 @@ def _numbers(found: pd.DataFrame) -> np.ndarray:
     return values.assign(lr=np.log10(values["lr"])).to_numpy() if "lr" in values else values.to_numpy()
 
 # %% ../../nbs/library/training/tuning_plots.ipynb #e44cab44
-def importance(
+def hyperparameter_importance(
     found: pd.DataFrame, # a table of trials
     draws: int = 20, # times that the trials are drawn anew
     seed: int = 0, # same seed, same answer
@@ -67,7 +67,7 @@ def _main_effects(forest, x: np.ndarray, draw: np.random.Generator, points: int 
 
 # %% ../../nbs/library/training/tuning_plots.ipynb #42b26078
 def plot_importance(
-    shares: pd.DataFrame, # from `importance`
+    shares: pd.DataFrame, # from `hyperparameter_importance`
 ): # a matplotlib Figure
     "Bars of importance; the die shows how long a bar is that means nothing."
     import matplotlib.pyplot as plt
