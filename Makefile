@@ -7,6 +7,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 # set-up is done again when what it depends on has changed: the requirements, or the place of this folder
 STAMP := $(VENV)/.ready-$(shell { pwd; cat settings.ini setup.py; } | cksum | cut -d' ' -f1)
+# Ray (417 MB) is needed by the tests of one lesson only, so `make test` installs it, and course and lab do without
+SCALE_STAMP := $(STAMP:$(VENV)/.ready-%=$(VENV)/.scale-%)
 
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 export TF_ENABLE_ONEDNN_OPTS ?= 0
@@ -33,7 +35,7 @@ help:
 	@echo 'It needs Python 3.11 or later.'
 	@echo 'CXR_COURSE_SIZE=tiny make course    takes minutes, and its figures mean nothing; sample is the default; full takes a night'
 	@echo 'make course ONLY="07 cam"           runs two notebooks, by number, topic, module or a part of the path'
-	@echo 'make test ARGS="tests/test_data.py" runs some tests'
+	@echo 'make test ARGS="-k splits"           runs some tests'
 	@echo 'make course PYTHON=/path/to/python  uses another Python'
 
 setup: $(STAMP)
@@ -52,14 +54,19 @@ $(STAMP):
 course: $(STAMP)
 	@$(BIN)/python -m tools.course $(ONLY)
 
-test: $(STAMP)
+$(SCALE_STAMP): $(STAMP)
+	@echo 'Adding Ray for the tests of the lesson on several machines (417 MB, once) ...'
+	@$(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[dev,scale]' || { echo 'Ray could not be installed; the lines above say why. Run the same command again to try once more.' >&2; exit 1; }
+	@rm -f $(VENV)/.scale-* && touch $@
+
+test: $(STAMP) $(SCALE_STAMP)
 	@$(BIN)/python -m pytest tests --numprocesses 2 --dist loadgroup $(ARGS)
 
 check: $(STAMP)
 	@$(BIN)/python -m tools.check $(ONLY)
 
 lab: $(STAMP)
-	@$(BIN)/jupyter lab $(firstword $(sort $(wildcard nbs/lessons/*.ipynb)) $(sort $(wildcard nbs/[0-9]*.ipynb)))
+	@$(BIN)/jupyter lab $(firstword $(sort $(wildcard nbs/lessons/*.ipynb)))
 
 docs: $(STAMP)
 	@command -v quarto >/dev/null || { \

@@ -60,6 +60,6 @@ def test_notebooks_share_nothing(tmp_path):
 def test_the_run_size_reaches_the_notebook(tmp_path):
     path = write_notebook(
         tmp_path / "00_toy.ipynb",
-        ["# Toy\n> Its size", "from cxr_course.core import headline, size\nheadline('size', size())"],
+        ["# Toy\n> Its size", "from cxr_course.core import headline, run_size\nheadline('size', run_size())"],
     )
     assert execute(path, "full")[1].headline == "size full"

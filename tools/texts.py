@@ -15,6 +15,7 @@ from .pages import FETCH, markdown, slug
 HEAVIEST = 600_000  # bytes of a notebook with its results
 FOLDERS = "|".join(("home", "Users", "root", "tmp", "work", "mnt", "private/var"))
 MACHINE = re.compile(rf"(?<![\w.:/<])/(?:{FOLDERS})/\w+|\b[A-Z]:\\Users")
+SHOWING = ("print", "headline", "table", "source", "show_images")  # calls that always show something
 LINK = re.compile(r"\]\(([^)\s]+)(?:\s+\"[^\"]*\")?\)|(?:href|src)=\"([^\"]+)\"")
 
 
@@ -91,13 +92,7 @@ def speaks(source: str) -> bool:
     body = ast.parse(re.sub(r"^([%!].*)$", "pass", source, flags=re.M)).body
     last = body[-1].value if body and isinstance(body[-1], ast.Expr) else None
     if isinstance(last, ast.Call):
-        return ast.unparse(last.func).split(".")[-1] in (
-            "print",
-            "headline",
-            "table",
-            "show_films",
-            "show_images",
-        )
+        return ast.unparse(last.func).split(".")[-1] in SHOWING
     return last is not None and not (isinstance(last, ast.Constant) and last.value in (None, Ellipsis))
 
 
