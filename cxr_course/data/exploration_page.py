@@ -24,19 +24,6 @@ from ..page import embed, page, table_html
 # %% auto #0
 __all__ = ['write_overview']
 
-# %% ../../nbs/library/data/exploration_page.ipynb #b7177025
-_STYLE = """:root{color-scheme:light dark}body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;background:#fff;color:#1f2328}
-h1{font-size:1.6rem;margin-bottom:0}h2{font-size:1.15rem;margin:2.2rem 0 .5rem}p{margin:.3rem 0 .8rem;max-width:48rem}figure{margin:.6rem 0;overflow-x:auto}img{background:#fff;padding:.6rem;border-radius:6px;max-width:100%;height:auto;box-sizing:border-box}
-table{border-collapse:collapse;font-size:.85rem;font-variant-numeric:tabular-nums;display:block;overflow-x:auto}td,th{border-bottom:1px solid #d8dce1}.alarm{border-left:4px solid #d55e00;padding-left:.8rem}.quiet{color:#5b636d}
-@media(prefers-color-scheme:dark){body{background:#16181c;color:#dcdfe4}td,th{border-color:#30353c}.quiet{color:#98a1ad}}"""
-
-def _inline(figure, words: str) -> str:
-    file = io.BytesIO()
-    sheet = isinstance(figure, ImageSheet)
-    figure.savefig(file, format="jpeg" if sheet else "png", dpi=110,
-                   **({"pil_kwargs": {"quality": 82}} if sheet else {}))
-    return f"<figure><img alt='{html.escape(words)}' src='data:image/{'jpeg' if sheet else 'png'};base64,{base64.b64encode(file.getvalue()).decode()}'></figure>"
-
 # %% ../../nbs/library/data/exploration_page.ipynb #e2b0658a
 def _sections(frame: pd.DataFrame, glances: ImageFeatures | None, target, found: pd.DataFrame | None):
     "Title, one line, table or None, function that draws; in the order of the lesson."
