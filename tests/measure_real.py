@@ -25,7 +25,7 @@ from cxr_course.data.pipeline import Normalizer
 from cxr_course.data.splits import hold_out, split_by_patient
 from cxr_course.evaluation.breakdown import evaluate
 from cxr_course.evaluation.metrics import auc_by_task
-from cxr_course.frame import make_frame
+from cxr_course.frame import Task, groups, make_frame
 from cxr_course.models.baseline import fit_classical
 from cxr_course.stats.intervals import auc_ci
 
@@ -43,12 +43,12 @@ def keep(name: str, command: str, rows: list[dict]) -> None:
 def shortcuts(root: Path) -> None:
     "AUC of everything but the lungs, for the lesson on exploration."
     def alone(words, films, target=None):
-        found = shortcuts_module.find_shortcuts(films, image_features(films), target=target, unknown="picture")
+        found = shortcuts_module.find_shortcuts(films, image_features(films), target=target)
         return dict(films=words,
                     number=len(films)) | {r.shortcut: [round(v, 3) for v in (r.auc, r.low, r.high)]
                                           for r in found.itertuples() if pd.notna(r.auc)}
-    kaggle, covid = load_dataset(root / "kaggle/chest_xray"), load_dataset(root / "covid_qu_ex_layout", classes=2)
-    kinds = load_dataset(root / "kaggle/chest_xray", classes=3)
+    kaggle, covid = read(root / "kaggle/chest_xray"), read(root / "covid_qu_ex_layout", classes=2)
+    kinds = read(root / "kaggle/chest_xray", classes=3)
     ill = kinds[kinds["label"] != "NORMAL"].reset_index(drop=True)
     ill["label"] = ill["label"].cat.remove_unused_categories()
     normals = covid[covid["label"] == covid["label"].cat.categories[0]].assign(label="adult or unknown")
@@ -61,8 +61,8 @@ def shortcuts(root: Path) -> None:
     )
     mixed = make_frame(pd.concat([normals.drop(columns="label").assign(label="adult or unknown"),
                                   children.assign(label="child")]), labels=["adult or unknown", "child"])
-    keep("shortcuts", 'shortcuts(films, glance(films), unknown="picture")', [
-        alone("Kermany (Kaggle) at original size: pneumonia", load_dataset(root / "kaggle_full_size/chest_xray")),
+    keep("shortcuts", "shortcuts(films, glance(films))", [
+        alone("Kermany (Kaggle) at original size: pneumonia", read(root / "kaggle_full_size/chest_xray")),
         alone("Kermany (Kaggle) shrunk to 224 x 224: pneumonia", kaggle),
         alone("of these, those with pneumonia: virus against bacteria", ill),
         alone("COVID-QU-Ex layout, all of one size: COVID-19 against normal", covid),
@@ -70,10 +70,9 @@ def shortcuts(root: Path) -> None:
 
 
 def bars(root: Path) -> None:
-    "What a classical machine reaches, for chapter 09."
-    sets = [("Kaggle (Kermany et al.), 64 x 64", hold_out(load_dataset(root / "kaggle/chest_xray"), 0.2,
-                                                          unknown="picture"), (64, 64)),
-            ("PneumoniaMNIST, 28 x 28", load_dataset(root / "pneumoniamnist_standin.npz"), (28, 28))]
+    "What a classical machine reaches, for the lessons on networks."
+    sets = [("Kaggle (Kermany et al.), 64 x 64", hold_out(read(root / "kaggle/chest_xray"), 0.2), (64, 64)),
+            ("PneumoniaMNIST, 28 x 28", read(root / "pneumoniamnist_standin.npz"), (28, 28))]
     rows = []
     for words, films, shape in sets:
         store = build_store(films, shape)
@@ -96,7 +95,7 @@ def nih(root: Path) -> None:
     from cxr_course.models.losses import undo_weighting, loss_for, initial_bias
     from cxr_course.training.fit import fit
     from cxr_course.training.recipe import basic_augmentation
-    films = load_dataset(root / "nih")
+    films = read(root / "nih")
     # the second list that came with it; 15 patients are in both
     held = films["split"] == "val"
     films = films[held | ~films["patient"].isin(set(films.loc[held, "patient"]))]
@@ -113,7 +112,7 @@ def nih(root: Path) -> None:
         found = judge_findings(p)
         rare = found.index[found["value"].isna()]
         kept = [c for c in names if c not in rare]
-        said = lambda q: round(float(q[[f"p_{c}" for c in kept]].to_numpy().mean()), 3)
+        said = lambda q, kept=kept: round(float(q[[f"p_{c}" for c in kept]].to_numpy().mean()), 3)
         macro = auc_by_task(p.drop(columns=[*rare, *(f"p_{c}" for c in rare)])).loc["macro"]
         rows.append(dict(loss=kind, seed=seed, taught=int((films["split"] == "train").sum()), tested=len(p),
                          patients=p["patient"].nunique(), AUC=[round(float(v), 3)
@@ -134,7 +133,7 @@ def shift(root: Path) -> None:
     from cxr_course.training.reference import write_reference
     from cxr_course.training.run import load_run
     folder, shape, seeds, words = root / "covid_qu_ex_layout", (96, 96), (0, 1, 2), ["Normal", "COVID-19"]
-    adults = load_dataset(folder, classes=2, sizes=False)
+    adults = read(folder, classes=2, sizes=False)
     paths = [str(p) for p in sorted((folder / "confound_paediatric_normals").glob("*.png"))]
     young = split_by_patient(make_frame([dict(path=p, label="Normal") for p in paths], words,
                                         unknown="image"), {"train": 0.6, "val": 0.15, "test": 0.25})
@@ -166,7 +165,7 @@ def shift(root: Path) -> None:
                 ("adults of the test set", tests["adults"]),
                 ("normal adults of the test set", test(normal)),
                 ("children", test(young) if taught == "children" else young),
-                ("other pneumonia", load_dataset(folder, sizes=False).query("label == 'Non-COVID'")),
+                ("other pneumonia", read(folder, sizes=False).query("label == 'Non-COVID'")),
             ):
                 v = monitor(run, whole.using(new) if words_ != "other pneumonia" else build_store(new, shape))
                 monitors.append(dict(taught=taught, new=words_, films=len(new),
@@ -224,8 +223,8 @@ def simulated(recipe: str, shape: tuple[int, int]):
 def phantom_only(root: Path) -> None:
     "Networks taught by the phantom alone on real images, which took no part in any choice of the recipes."
     from cxr_course.models.cnn import probabilities
-    sets = [("Kaggle (Kermany et al.), test cut by patient", load_dataset(root / "kaggle/chest_xray"), (64, 64)),
-            ("PneumoniaMNIST stand-in, test", load_dataset(root / "pneumoniamnist_standin.npz"), (28, 28))]
+    sets = [("Kaggle (Kermany et al.), test cut by patient", read(root / "kaggle/chest_xray"), (64, 64)),
+            ("PneumoniaMNIST stand-in, test", read(root / "pneumoniamnist_standin.npz"), (28, 28))]
     three, rows = lambda e: [round(float(v), 3) for v in e[:3]], []
     for words, films, shape in sets:
         test = films[films["split"] == "test"].reset_index(drop=True)
@@ -242,9 +241,9 @@ def phantom_only(root: Path) -> None:
                                 columns=[f"p_{c}" for c in names])
             rows.append(dict(real_films=words, number=len(test), size=f"{shape[0]} x {shape[1]}",
                              taught=recipe,
-                             phantom_test=three(auc_ci(truth(own), score(own), patients(own))),
+                             phantom_test=three(auc_ci(truth(own), score(own), groups(own))),
                              real_test=three(auc_ci(test["label"] == "PNEUMONIA", score(real),
-                                                          patients(test, "picture")))))
+                                                          groups(test)))))
         # what is done is done
         keep("phantom_only", "python tests/measure_real.py path/to/real/data phantom_only", rows)
 
@@ -254,7 +253,7 @@ def borrowed(root: Path) -> None:
     from cxr_course.training.augmentation import Augmentation
     from cxr_course.training.learning_curve import learning_curve
     from cxr_course.training.recipe import STRONG_RECIPE
-    store = build_store(load_dataset(root / "kaggle/chest_xray"), (64, 64))
+    store = build_store(read(root / "kaggle/chest_xray"), (64, 64))
     recipe = STRONG_RECIPE | dict(augment=Augmentation())
     curve = learning_curve(store, (50, 200, 1000), [("compact", "none"), ("compact", "phantom")], range(3),
                            cache_dir("borrowed-100-epochs"), steps=600, **recipe)

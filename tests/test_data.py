@@ -88,7 +88,11 @@ def test_zip_with_ghosts_and_a_second_copy(kaggle, tmp_path):
             z.writestr(str(Path("__MACOSX/chest_xray") / inside.with_name("._" + inside.name)), b"\0\5\x16\7")
         z.writestr("chest_xray/.DS_Store", b"x")
     assert detect_layout(tmp_path / "archive.zip") == "kaggle"
-    assert len(load_dataset(tmp_path / "archive.zip")) == len(load_dataset(kaggle)) == len(list(kaggle.rglob("*.jpeg")))
+    assert (
+        len(load_dataset(tmp_path / "archive.zip"))
+        == len(load_dataset(kaggle))
+        == len(list(kaggle.rglob("*.jpeg")))
+    )
 
 
 def test_tar_gz_is_loaded_too(kaggle, tmp_path):
@@ -143,8 +147,8 @@ def test_the_phantom_is_read_back(tmp_path, kind, layout):
 
 
 def test_covid_masks_and_two_classes(tmp_path):
-    f = load_dataset(write_dataset(population(patients=14, seed=3, kind="covid", pixels=48), tmp_path / "x", "covid"),
-             classes=2)
+    f = load_dataset(write_dataset(population(patients=14, seed=3, kind="covid", pixels=48), tmp_path / "x",
+                                   "covid"), classes=2)
     assert list(Task.of(f).names) == ["Normal", "COVID-19"] and f["meta_lungs"].map(os.path.exists).all()
 
 
@@ -223,7 +227,8 @@ def test_findings_are_said_and_everything_else_is_information(tmp_path, film):
                                                       "pacemaker"])).names == ("Effusion", "pacemaker")
     with pytest.raises(CourseError, match="1, 0 or missing, not(.|\\n)*leave it out of `findings`"):
         load_dataset(tmp_path / "t.csv", findings=["weight"])
-    with pytest.raises(CourseError, match="no column 'Mass'"): load_dataset(tmp_path / "t.csv", findings=["Mass"])
+    with pytest.raises(CourseError, match="no column 'Mass'"):
+        load_dataset(tmp_path / "t.csv", findings=["Mass"])
     rows.drop(columns="Effusion").to_csv(tmp_path / "t.csv", index=False)
     with pytest.raises(CourseError, match="told which columns are findings"): load_dataset(tmp_path / "t.csv")
     problems = check_dataset(f, pixels=False).table["problem"].tolist()
@@ -314,8 +319,8 @@ def npz(path, **arrays):
 
 def test_npz(tmp_path):
     x, g = np.zeros((6, 28, 28), np.uint8), np.random.default_rng(0)
-    f = load_dataset(npz(tmp_path / "a.npz", train_images=x, train_labels=np.array([[0], [1]] * 3), test_images=x[:2],
-                 test_labels=np.array([[1], [0]])))
+    f = load_dataset(npz(tmp_path / "a.npz", train_images=x, train_labels=np.array([[0], [1]] * 3),
+                         test_images=x[:2], test_labels=np.array([[1], [0]])))
     assert (
         len(f) == 8
         and f["patient"].isna().all()
@@ -341,7 +346,8 @@ def test_nothing_there_and_nothing_known(tmp_path, film):
     with pytest.raises(CourseError, match="give the folder"): load_dataset(film)
     with pytest.raises(CourseError, match="no images"):
         load_dataset((tmp_path / "train" / "NORMAL").mkdir(parents=True) or tmp_path)
-    with pytest.raises(CourseError, match="one class"): load_dataset(folders(tmp_path / "one", film, "normal/1.jpeg"))
+    with pytest.raises(CourseError, match="one class"):
+        load_dataset(folders(tmp_path / "one", film, "normal/1.jpeg"))
 
 
 def test_unknown_class_folder(tmp_path, film):
@@ -381,7 +387,8 @@ def test_check_is_silent_on_a_healthy_set(kaggle):
 def test_check_counts_against_the_registry(kaggle):
     said = check_dataset(load_dataset(kaggle), against="kaggle", pixels=False).table["problem"]
     assert said.str.contains("train NORMAL: 1,341 in the registry").any()
-    with pytest.raises(CourseError, match="unknown data set"): check_dataset(load_dataset(kaggle), against="keggle")
+    with pytest.raises(CourseError, match="unknown data set"):
+        check_dataset(load_dataset(kaggle), against="keggle")
 
 
 def test_check_sees_patients_on_both_sides_and_splits_of_one_class(kaggle):
@@ -391,7 +398,8 @@ def test_check_sees_patients_on_both_sides_and_splits_of_one_class(kaggle):
     assert "patients in more than one split" in set(check_dataset(leak, pixels=False).table["problem"])
     sick = f[(f["split"] != "test") | (f["label"] != "NORMAL")]
     assert "only one class in test (PNEUMONIA)" in set(check_dataset(sick, pixels=False).table["problem"])
-    assert "the test split is empty" in set(check_dataset(f[f["split"] != "test"], pixels=False).table["problem"])
+    assert "the test split is empty" in set(check_dataset(f[f["split"] != "test"],
+                                                          pixels=False).table["problem"])
 
 
 def test_all_files_bad(tmp_path):
@@ -612,7 +620,8 @@ def test_real_kaggle(real_data):
     normal = f["label"] == "NORMAL"
     assert normal.sum() == f["patient"].isna().sum() == f["study"].notna().sum() == 1349
     assert f["patient"].nunique() == 1642 and f.groupby("patient")["cause"].nunique().gt(1).sum() == 808
-    assert load_dataset(real_data / "kaggle")["path"].tolist() == f["path"].tolist()           # one folder higher
+    # one folder higher
+    assert load_dataset(real_data / "kaggle")["path"].tolist() == f["path"].tolist()
     start = time.perf_counter()
     r = check_dataset(f, against="kaggle")
     assert time.perf_counter() - start < 60
@@ -623,7 +632,7 @@ def test_real_kaggle(real_data):
 def test_real_nih(real_data):
     start = time.perf_counter()
     full = load_dataset(real_data / "nih" / "labels" / "Data_Entry_2017_v2020.csv.gz")
-    r = check_dataset(full, pixels=False, against="nih")
+    check_dataset(full, pixels=False, against="nih")
     assert time.perf_counter() - start < 15
     assert (
         len(full) == 112120

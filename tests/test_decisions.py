@@ -12,7 +12,9 @@ from sklearn.linear_model import LogisticRegression
 
 from cxr_course.core import CourseError, rng
 from cxr_course.evaluation.agreement import cohen_kappa, fleiss_kappa
-from cxr_course.evaluation.calibration import brier_score, calibrate, calibration_error, plot_calibration, calibration_curve
+from cxr_course.evaluation.calibration import (
+    brier_score, calibrate, calibration_error, plot_calibration, calibration_curve,
+)
 from cxr_course.evaluation.checklist import reporting_checklist, add_checklist
 from cxr_course.evaluation.predictions import validate_predictions, predictions_frame
 from cxr_course.evaluation.report import evaluation_report
@@ -84,10 +86,9 @@ def test_thresholds_do_what_they_say_on_the_films_they_were_chosen_on():
 
 def test_thresholds_for_findings_and_faults():
     cuts = choose_threshold(many(), "sensitivity", .8)
-    assert (
-        set(cuts) == {"Effusion", "Mass"}
-        and evaluation_report(many(split="test"), threshold=cuts, times=50).values["metric"].eq("sensitivity").sum() == 2
-    )
+    assert set(cuts) == {"Effusion",
+                         "Mass"} and evaluation_report(many(split="test"), threshold=cuts,
+                                                       times=50).values["metric"].eq("sensitivity").sum() == 2
     with pytest.raises(CourseError, match="between two classes"): choose_threshold(three())
     with pytest.raises(CourseError, match="unknown rule"): choose_threshold(two(), "best")
     with pytest.raises(CourseError, match="needs a value"): choose_threshold(two(), "sensitivity", 95)
@@ -112,10 +113,14 @@ def test_prior_shift_mends_calibration_after_a_real_shift_and_keeps_the_order():
     new = adjust_prevalence(rare, old=y.mean(), new=y2.mean())["p_PNEUMONIA"].to_numpy()
     keys = rare["patient"].to_numpy()
     assert (
-        calibration_error(y2, new, keys, times=20).value < 0.01 < 0.1 < calibration_error(y2, s2, keys, times=20).value
+        calibration_error(y2, new, keys, times=20).value
+        < 0.01
+        < 0.1
+        < calibration_error(y2, s2, keys, times=20).value
         and abs(auc(y2, new) - auc(y2, s2)) < 1e-12
     )
-    flat = adjust_prevalence(three(), old=dict(N=1 / 3, B=1 / 3, V=1 / 3), new=dict(N=1 / 3, B=1 / 3, V=1 / 3))
+    flat = adjust_prevalence(three(), old=dict(N=1 / 3, B=1 / 3, V=1 / 3),
+                             new=dict(N=1 / 3, B=1 / 3, V=1 / 3))
     assert np.allclose(flat[["p_N", "p_B", "p_V"]], three()[["p_N", "p_B", "p_V"]])
     with pytest.raises(CourseError, match="a share above 0"): adjust_prevalence(p, old=0., new=.1)
 
@@ -164,7 +169,8 @@ def test_calibration_helps_on_new_films_and_leaves_every_auc_alone(method):
     assert abs(auc(*binary(mended)) - auc(*binary(new))) < 1e-12 and metrics.log_loss(
         *binary(mended)
     ) < metrics.log_loss(*binary(new))
-    assert np.allclose(mended[["p_NORMAL", "p_PNEUMONIA"]].sum(axis=1), 1) and validate_predictions(mended) is mended
+    assert np.allclose(mended[["p_NORMAL", "p_PNEUMONIA"]].sum(axis=1),
+                       1) and validate_predictions(mended) is mended
     fitted, new = calibrate(many(), method), many(split="test")
     mended = fitted.apply(new)
     for f in ("Effusion", "Mass"):
@@ -340,7 +346,7 @@ def test_net_benefit_and_reliability_ask_one_question():
 def test_reliability_is_that_of_scikit_learn():
     p = two()
     y, s = binary(p)
-    so, said = calibration_curve(y, s, n_bins=10, strategy="quantile")
+    so, said = sk_calibration_curve(y, s, n_bins=10, strategy="quantile")
     r = calibration_curve(y, s, p["patient"])
     assert np.allclose(r["value"], so, atol=1e-12) and np.allclose(r["said"], said, atol=1e-12)
 

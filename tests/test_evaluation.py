@@ -13,17 +13,26 @@ from scipy.stats import binomtest, bootstrap, norm
 from sklearn import metrics
 
 from cxr_course.core import CourseError, rng
-from cxr_course.evaluation.breakdown import classification_report, metrics_by_size, error_breakdown, evaluate, subgroups
+from cxr_course.evaluation.breakdown import (
+    classification_report, metrics_by_size, error_breakdown, evaluate, subgroups,
+)
 from cxr_course.evaluation.metrics import (
-    auc_by_task, compare_models, confusion_matrix, predict_labels, binary_metrics, macro_auc, operating_points,
+    auc_by_task, compare_models, confusion_matrix, predict_labels, binary_metrics, macro_auc,
+    operating_points,
 )
 from cxr_course.evaluation.plots import plot_roc
-from cxr_course.evaluation.predictions import validate_predictions, predictions_frame, binary_tasks, read_predictions
+from cxr_course.evaluation.predictions import (
+    validate_predictions, predictions_frame, binary_tasks, read_predictions,
+)
 from cxr_course.evaluation.report import evaluation_report
 from cxr_course.frame import make_frame
-from cxr_course.stats.bootstrap import bootstrap_ci, ratio_ci, bootstrap_counts, bootstrap_auc, bootstrap_average_precision
+from cxr_course.stats.bootstrap import (
+    bootstrap_ci, ratio_ci, bootstrap_counts, bootstrap_auc, bootstrap_average_precision,
+)
 from cxr_course.stats.curves import auc, average_precision, precision_recall_curve, roc_curve
-from cxr_course.stats.intervals import auc_ci, delong_test, delong_variance, jackknife_auc, proportion_ci, wilson_ci
+from cxr_course.stats.intervals import (
+    auc_ci, delong_test, delong_variance, jackknife_auc, proportion_ci, wilson_ci,
+)
 
 
 def films(n=200, kind="binary", patients=80, seed=0, split="test"):
@@ -245,24 +254,33 @@ def test_every_estimate_lies_within_its_interval():
 
 def test_patients_missing_raise_unless_the_caller_says_so():
     p = make_frame(films().assign(patient=None, group=None))
-    for call in (evaluate, evaluation_report, auc_by_task, subgroups, classification_report, error_breakdown, metrics_by_size, plot_roc):
+    for call in (
+        evaluate, evaluation_report, auc_by_task, subgroups, classification_report, error_breakdown,
+        metrics_by_size, plot_roc,
+    ):
         with pytest.raises(CourseError, match="have no patient"): call(p)
-    assert "NOT purely by patient: 200 single images" in evaluation_report(make_frame(p, unknown="image"), threshold=0.5,
-                                                                times=50).notes[-1]
+    assert (
+        "NOT purely by patient: 200 single images"
+        in evaluation_report(make_frame(p, unknown="image"), threshold=0.5, times=50).notes[-1]
+    )
     p["study"] = [f"s{i // 4}" for i in range(200)]
-    assert "50 examinations" in evaluation_report(make_frame(p, unknown="image"), threshold=.5, times=50).notes[-1]
+    assert "50 examinations" in evaluation_report(make_frame(p, unknown="image"), threshold=0.5,
+                                                  times=50).notes[-1]
 
 
 def test_faults_in_the_frame():
     p = films()
-    with pytest.raises(CourseError, match="sum to one"): validate_predictions(p.assign(p_NORMAL=p["p_NORMAL"] + .01))
+    with pytest.raises(CourseError, match="sum to one"):
+        validate_predictions(p.assign(p_NORMAL=p["p_NORMAL"] + .01))
     with pytest.raises(CourseError, match="1 of 200 images have no usable"):
         validate_predictions(p.assign(p_NORMAL=[np.nan, *p["p_NORMAL"][1:]]))
     with pytest.raises(CourseError, match="every class"): validate_predictions(p.drop(columns="p_NORMAL"))
     with pytest.raises(CourseError, match="known truth"):
         validate_predictions(p.assign(label=pd.Categorical([None] * 200, ["NORMAL", "PNEUMONIA"])))
-    with pytest.raises(CourseError, match="between two classes"): evaluation_report(films(kind="three"), threshold=.5)
-    with pytest.raises(CourseError, match="have no threshold"): predict_labels(films(kind="many"), {"Mass": .5})
+    with pytest.raises(CourseError, match="between two classes"):
+        evaluation_report(films(kind="three"), threshold=.5)
+    with pytest.raises(CourseError, match="have no threshold"):
+        predict_labels(films(kind="many"), {"Mass": .5})
     with pytest.raises(CourseError, match="common confusion matrix"): confusion_matrix(films(kind="many"))
 
 
@@ -314,8 +332,10 @@ def test_three_classes_agree_with_scikit_learn():
     p = films(kind="three")
     said = predict_labels(p)
     names = list(p["label"].cat.categories)
-    assert (confusion_matrix(p).to_numpy() == metrics.confusion_matrix(p["label"].astype(str), said.astype(str),
-                                                                labels=names)).all()
+    assert (
+        confusion_matrix(p).to_numpy()
+        == metrics.confusion_matrix(p["label"].astype(str), said.astype(str), labels=names)
+    ).all()
     theirs = metrics.classification_report(p["label"].astype(str), said.astype(str), output_dict=True)
     for c, row in classification_report(p).iterrows():
         for ours, key in (("precision", "precision"), ("recall", "recall"), ("f1", "f1-score")):
@@ -544,11 +564,16 @@ def test_predictions_of_another_library_and_findings_with_gaps():
     # a column about the patient is no finding
     assert list(binary_tasks(made)) == ["Effusion", "Mass", "Hernia"] and made["smoker"].sum() == 200
     known = ~np.isnan(truth[:, 0])
-    assert abs(auc(*binary_tasks(made)["Effusion"]) - metrics.roc_auc_score(truth[known, 0], p[known, 0])) < 1e-6
+    assert (
+        abs(auc(*binary_tasks(made)["Effusion"]) - metrics.roc_auc_score(truth[known, 0], p[known, 0])) < 1e-6
+    )
     alone = predictions_frame(truth[:, 0], p[:, 0], names=["Effusion"], patients=range(200))
-    assert evaluation_report(alone, threshold=.5, times=50).html() and list(binary_tasks(alone)) == ["Effusion"]
-    assert evaluate(alone,
-                    times=50)["of"].unique().tolist() == ["Effusion"] and evaluation_report(alone, times=50).sentences
+    assert evaluation_report(alone, threshold=0.5,
+                             times=50).html() and list(binary_tasks(alone)) == ["Effusion"]
+    assert (
+        evaluate(alone, times=50)["of"].unique().tolist() == ["Effusion"]
+        and evaluation_report(alone, times=50).sentences
+    )
 
 
 @pytest.mark.parametrize("change, words", [
@@ -581,11 +606,15 @@ ALL_BUT = ["path", "split", "view", "source", "height", "width"]
 def test_frames_that_lack_columns_are_told_so_or_do_without(lacking):
     p = films().drop(columns=lacking)
     if "patient" in lacking:
-        for call in (evaluate, evaluation_report, auc_by_task, subgroups, classification_report, error_breakdown, plot_roc):
+        for call in (
+            evaluate, evaluation_report, auc_by_task, subgroups, classification_report, error_breakdown,
+            plot_roc,
+        ):
             with pytest.raises(CourseError, match="no column `patient`"): call(p)
         return
     assert evaluation_report(p, threshold=.5, times=50).html()
-    with pytest.raises(CourseError, match="no usable probability"): validate_predictions(p.assign(p_NORMAL=2.))
+    with pytest.raises(CourseError, match="no usable probability"):
+        validate_predictions(p.assign(p_NORMAL=2.))
 
 
 def test_a_file_from_any_program(tmp_path):
@@ -594,7 +623,10 @@ def test_a_file_from_any_program(tmp_path):
         p[["path", "patient", "label", "age", "p_NORMAL",
            "p_PNEUMONIA"]].to_csv(tmp_path / "ours.csv", index=False, sep=sep)
         read = read_predictions(tmp_path / "ours.csv")
-        assert auc_by_task(read, times=50).equals(auc_by_task(p, times=50)) and read["age"].tolist() == p["age"].tolist()
+        assert (
+            auc_by_task(read, times=50).equals(auc_by_task(p, times=50))
+            and read["age"].tolist() == p["age"].tolist()
+        )
     theirs = pd.DataFrame(dict(pid=[f"{i:03}" for i in range(200)],
                                dx=(p["label"] == "PNEUMONIA").astype(int), score=p["p_PNEUMONIA"]))
     theirs.to_csv(tmp_path / "theirs.csv", index=False)

@@ -15,7 +15,9 @@ from scipy.stats import binomtest
 from cxr_course.core import CourseError, rng
 from cxr_course.data import shortcuts as shortcuts_module
 from cxr_course.data import exploration_page as exploration_page_module
-from cxr_course.data.exploration import cooccurrence, count_images, image_features, prevalence, finding_shares, target_of
+from cxr_course.data.exploration import (
+    cooccurrence, count_images, image_features, prevalence, finding_shares, target_of,
+)
 from cxr_course.data.exploration_page import write_overview
 from cxr_course.data.exploration_plots import (
     plot_cooccurrence, plot_counts, plot_patients, plot_prevalence, plot_shares, plot_shortcuts,
@@ -124,7 +126,8 @@ def test_findings_keep_their_unknowns():
 
 
 def test_unknown_words_are_refused():
-    with pytest.raises(CourseError, match="unknown class or finding 'TB'"): find_shortcuts(people(20), target="TB")
+    with pytest.raises(CourseError, match="unknown class or finding 'TB'"):
+        find_shortcuts(people(20), target="TB")
     with pytest.raises(CourseError, match="no column 'ward'"): finding_shares(people(20), "ward")
     with pytest.raises(CourseError, match="nothing to try"): find_shortcuts(people(40))
     with pytest.raises(CourseError, match="no image of this frame has a size"): plot_sizes(people(20))
@@ -255,7 +258,8 @@ def test_only_an_impossible_search_leaves_a_page_without_shortcuts(drawn, tmp_pa
         write_overview(drawn, tmp_path / "a", pixels=False, target="TB")
     def wrong(*a): raise CourseError("a mistake of ours")
     monkeypatch.setattr(exploration_page_module, "shortcuts", wrong)
-    with pytest.raises(CourseError, match="a mistake of ours"): write_overview(drawn, tmp_path / "b", pixels=False)
+    with pytest.raises(CourseError, match="a mistake of ours"):
+        write_overview(drawn, tmp_path / "b", pixels=False)
     assert not [p for p in tmp_path.iterdir() if p.suffix != ".png"]
 
 

@@ -11,6 +11,8 @@ import pytest
 from PIL import Image
 
 from cxr_course.core import CourseError
+from cxr_course.data import files as files_module
+from cxr_course.data import read as read_module
 from cxr_course.data.checks import check_dataset
 from cxr_course.data.duplicates import find_duplicates, thumbnail
 from cxr_course.data.exploration import image_features, quick_read
@@ -336,7 +338,7 @@ def test_a_mistake_of_ours_is_never_taken_for_a_bad_file(tmp_path, monkeypatch, 
         with pytest.raises(mistake, match="typing error"): look(tmp_path / file)
     with pytest.raises(mistake, match="typing error"): check_dataset(f)
     with pytest.raises(mistake, match="typing error"): image_features(f, skip_bad=True)
-    if module is files:
+    if module is files_module:
         (tmp_path / "t.csv").write_text("path,label\na.png,x\na.dcm,y\n")
         with pytest.raises(mistake, match="typing error"): load_dataset(tmp_path / "t.csv", skip_bad=True)
 

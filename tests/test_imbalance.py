@@ -20,7 +20,8 @@ from cxr_course.evaluation.thresholds import choose_threshold
 from cxr_course.frame import make_frame, regroup
 from cxr_course.models.cnn import CNNSpec, build_cnn
 from cxr_course.models.finding_weights import (
-    class_weights, loss_contributions, balanced_sample, class_frequencies, weighted_loss, positive_negative_weights,
+    class_weights, loss_contributions, balanced_sample, class_frequencies, weighted_loss,
+    positive_negative_weights,
 )
 from cxr_course.models.losses import (
     SigmoidLoss, SoftmaxLoss, cross_entropy, undo_weighting, loss_for, initial_bias,
@@ -381,7 +382,7 @@ def fitted(x, y, loss):
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_weights_change_probabilities_and_not_the_ranking(seed):
-    "The claims of the lesson at a size where they hold: balanced weights say far too much, `undo_weighting` takes it back, and a moved threshold does what weights seem to do."
+    "Balanced weights say far too much, `undo_weighting` takes it back; a moved threshold does the same."
     x, y, taught = ward(.01, seed=seed)
     balanced, found = SigmoidLoss.from_labels(y[taught]), {}
     for name, loss in {"plain": SigmoidLoss(), "weighted": balanced}.items():

@@ -44,7 +44,8 @@ def store(films): return build_store(hold_out(films, .3), (32, 32))
 def trained(store, tmp_path_factory):
     made = fit(build_cnn(SPEC, (32, 32, 1)), store, run=tmp_path_factory.mktemp("shift") / "run", epochs=1,
                optimizer="adam")
-    if not (made.folder / "reference.npz").exists(): write_reference(made.folder, made.model, store, made.card)
+    if not (made.folder / "reference.npz").exists():
+        write_reference(made.folder, made.model, store, made.card)
     return made
 
 
@@ -306,7 +307,8 @@ def test_the_monitor_of_a_model_of_findings(tmp_path):
     "New images of unknown truth are read as findings, each with a probability, as the reference was."
     store = build_store(hold_out(load_dataset("sample-nih", unknown="image"), .3), (32, 32))
     made = fit(build_cnn(SPEC, (32, 32, 1), 14), store, run=tmp_path / "run", epochs=1, optimizer="adam")
-    if not (made.folder / "reference.npz").exists(): write_reference(made.folder, made.model, store, made.card)
+    if not (made.folder / "reference.npz").exists():
+        write_reference(made.folder, made.model, store, made.card)
     # so that all of them are new
     pd.read_csv(made.folder / "images.csv").head(0).to_csv(made.folder / "images.csv", index=False)
     (tmp_path / "heap").mkdir()

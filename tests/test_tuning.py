@@ -18,7 +18,12 @@ from cxr_course.models.inspect import describe
 from cxr_course.training.search_space import SYSTEM_E, Space, declare, hypermodel, spec_of
 from cxr_course.training.trials import best_trial, caution, retrain, trial_predictions, trials
 from cxr_course.training.tuning import METHODS, _stores, search
-from cxr_course.training.tuning_plots import hyperparameters, hyperparameter_importance, plot_importance, plot_parallel
+from cxr_course.training.tuning_plots import (
+    hyperparameters, hyperparameter_importance, plot_importance, plot_parallel,
+)
+
+keras = pytest.importorskip("keras")
+kt = pytest.importorskip("keras_tuner")
 
 TINY = Space(filters=((2, 4), (2, 4)), kernels=(3,), dense=(4, 8), step=2, dropout=(0., .2))
 

@@ -137,7 +137,8 @@ def data_explore(
     """
     refuse_existing(out)
     from cxr_course.data.exploration_page import write_overview
-    page = write_overview(load_frame(name, classes, columns, findings), out, pixels=not quick, skip_bad=skip_bad)
+    page = write_overview(load_frame(name, classes, columns, findings), out, pixels=not quick,
+                          skip_bad=skip_bad)
     typer.echo(f"The page to read is {page}")
 
 # %% ../../nbs/library/cli/data.ipynb #ddaee3dc

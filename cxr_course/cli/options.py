@@ -54,8 +54,8 @@ def load_frame(
     from cxr_course.data.loading import load_dataset
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")                  # bad files are told by whoever asked for the frame
-        return load_dataset(name, classes=classes, columns=parse_pairs(columns), findings=_said(name, findings),
-                    unknown=unknown)
+        return load_dataset(name, classes=classes, columns=parse_pairs(columns),
+                            findings=_said(name, findings), unknown=unknown)
 
 def parse_pairs(text: str | None) -> dict[str, str] | None:
     "'filename=path,dx=label' as a dict."

@@ -151,8 +151,8 @@ def check_dataset(
     if beside is not None:
         df = pd.concat([df.assign(meta_set="this"), beside.assign(meta_set="beside")], ignore_index=True)
     pairs = _described(pairs, df)
-    return DatasetCheck(frame, _without_pixels(frame, against) + _with_pixels(bad, pairs, beside is not None), bad,
-                 pairs)
+    return DatasetCheck(frame, _without_pixels(frame, against) + _with_pixels(bad, pairs, beside is not None),
+                        bad, pairs)
 
 # %% ../../nbs/library/data/checks.ipynb #25e33f45
 def _described(pairs: pd.DataFrame, df: pd.DataFrame) -> pd.DataFrame:
@@ -173,7 +173,7 @@ def _small(path) -> np.ndarray:
 
 # %% ../../nbs/library/data/checks.ipynb #57181cf8
 class DatasetCheck:
-    "What `check_dataset` found: `.table`, `.bad` (files), `.pairs` (images that are one), `.figure()`, `.readable` (the frame without bad files)."
+    "What `check_dataset` found: `.table`, `.bad` (files), `.pairs` (duplicates), `.figure()`, `.readable` (a frame)."
     def __init__(self,
         frame: pd.DataFrame, # the frame that was checked
         problems: list[dict], # problem, count, first

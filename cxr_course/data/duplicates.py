@@ -16,37 +16,7 @@ from .read import read_image
 from .resize import resize
 
 # %% auto #0
-__all__ = ['find_duplicates', 'thumbnail', 'perceptual_hash', 'near_duplicates']
-
-# %% ../../nbs/library/data/duplicates.ipynb #51f9da63
-def find_duplicates(
-    a: pd.DataFrame, # a frame of films
-    b: pd.DataFrame, # another one
-    near: bool = False, # also look for the same picture in another file: decodes every film
-) -> pd.DataFrame: # one row a pair: `one`, `other` (paths), `alike` (1 for equal files, else the correlation of the thumbnails)
-    "The same picture on both sides, whatever its file is called."
-    # pictures inside an .npz have no file of their own
-    files = lambda df: [p for p in df["path"] if "::" not in p]
-    one, other = (pd.Series([Path(p).stat().st_size for p in files(df)], index=files(df), dtype=int)
-                  for df in (a, b))
-    # only files of equal size can be equal
-    one, other = one[one.isin(set(other))], other[other.isin(set(one))]
-    seen: dict[str, list[str]] = {}
-    for p in progress(one.index, "fingerprints", unit="file"): seen.setdefault(sha256(p), []).append(p)
-    pairs = pd.DataFrame([(p, q, 1.0) for q in other.index for p in seen.get(sha256(q), ())],
-                         columns=["one", "other", "alike"])
-    return pd.concat([pairs, _lookalikes(a, b)]).drop_duplicates(["one", "other"],
-                                                                 ignore_index=True) if near else pairs
-
-# %% ../../nbs/library/data/duplicates.ipynb #ba02d824
-def _lookalikes(a: pd.DataFrame, b: pd.DataFrame) -> pd.DataFrame:
-    "Pairs across two frames that show the same picture."
-    paths = np.array([*a["path"], *b["path"]], object)
-    with ThreadPoolExecutor() as pool:
-        small = np.stack(list(progress(pool.map(thumbnail, paths), "thumbnails", len(paths))))
-    pairs = near_duplicates(perceptual_hash(small), small)
-    pairs = pairs[(pairs["a"] < len(a)) & (pairs["b"] >= len(a))]
-    return pd.DataFrame({"one": paths[pairs["a"]], "other": paths[pairs["b"]], "alike": pairs["alike"]})
+__all__ = ['thumbnail', 'perceptual_hash', 'near_duplicates', 'find_duplicates']
 
 # %% ../../nbs/library/data/duplicates.ipynb #47a308f6
 def thumbnail(

@@ -126,7 +126,7 @@ def _value_name(value) -> str:
 # %% ../../nbs/library/data/exploration.ipynb #fa84f791
 @dataclass
 class ImageFeatures:
-    "What one quick look at every image of a frame gives. Row i belongs to `path[i]`; an image that could not be read has a missing `mean`."
+    "What one quick look at every image gives: row i is `path[i]`; one that cannot be read has no `mean`."
     path: np.ndarray     # (n,) text
     mean: np.ndarray     # (n,) grey, 0 black to 1 white
     spread: np.ndarray   # (n,) standard deviation of the greys

@@ -25,8 +25,13 @@ from ..page import embed, page, table_html
 __all__ = ['write_overview']
 
 # %% ../../nbs/library/data/exploration_page.ipynb #e2b0658a
-def _sections(frame: pd.DataFrame, glances: ImageFeatures | None, target, found: pd.DataFrame | None):
-    "Title, one line, table or None, function that draws; in the order of the lesson."
+_PEOPLE = ("view", "source", "sex", "age", "width")
+_AVERAGE = "Disease is in the chest; a difference in a corner asks for another explanation."
+_ALONE = "How well each thing alone tells the classes apart, for patients never seen."
+_STAND_IN = "; where no patient is known, the study, or else the image, counts as one."
+
+def _of_table(frame: pd.DataFrame) -> Iterator[tuple[str, str, pd.DataFrame | None, Callable]]:
+    "Sections that need the table alone: title, one line, table or None, what draws."
     yield "Images", "By split and class.", count_images(frame), lambda: plot_counts(frame)
     if frame["patient"].notna().any():
         words = "A set is as large as its number of patients."

@@ -11,7 +11,9 @@ import numpy as np
 import pandas as pd
 
 from ..core import CourseError
-from .exploration import cooccurrence, count_images, images_per_patient, finding_shares, target_of
+from cxr_course.data.exploration import (
+    cooccurrence, count_images, images_per_patient, finding_shares, target_of,
+)
 from .shortcuts import CANDIDATES
 from ..frame import Task
 from ..show import PALETTE

@@ -82,7 +82,7 @@ def blame_file(
     words: str, # what is said about it, before the library's own words
     remedy: str = TRY_AGAIN, # what to do
 ) -> Iterator[None]:
-    "Turn what a format's library raises inside the block into a `CourseError` that names the file; our own mistakes pass through."
+    "Turn what a format's library raises into a `CourseError` that names the file; our mistakes pass."
     what = file_kind(path)
     try:
         yield

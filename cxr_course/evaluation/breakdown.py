@@ -14,7 +14,9 @@ from ..core import CourseError
 from .metrics import auc_by_task, predict_labels, operating_points
 from .predictions import patient_groups, binary_tasks
 from ..frame import Task
-from ..stats.bootstrap import Estimate, bootstrap_ci, ratio_ci, bootstrap_counts, bootstrap_average_precision
+from cxr_course.stats.bootstrap import (
+    Estimate, bootstrap_ci, ratio_ci, bootstrap_counts, bootstrap_average_precision,
+)
 from ..stats.curves import average_precision
 from ..stats.intervals import proportion_ci
 
@@ -34,8 +36,8 @@ def classification_report(
     for c in Task.of(known).names:
         is_c, said_c = (known["label"] == c).to_numpy(), (said == c).to_numpy()
         f1 = ratio_ci(2. * (is_c & said_c), 1. * is_c + said_c, keys, times, seed=seed)
-        rows[c] = dict(precision=proportion_ci(is_c[said_c], keys[said_c]), recall=proportion_ci(said_c[is_c], keys[is_c]),
-                       f1=f1, support=int(is_c.sum()))
+        rows[c] = dict(precision=proportion_ci(is_c[said_c], keys[said_c]),
+                       recall=proportion_ci(said_c[is_c], keys[is_c]), f1=f1, support=int(is_c.sum()))
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("class")
 
 # %% ../../nbs/library/evaluation/breakdown.ipynb #7e3f664a
@@ -145,7 +147,8 @@ def _too_few(part, keys, least):
     return "too few patients to speak of: {} with, {} without".format(*max(counts, key=min))
 
 def _group_metrics(part, threshold, times, seed):
-    areas, keys, task = auc_by_task(part, times=times, seed=seed), patient_groups(part).to_numpy(), Task.of(part)
+    areas, keys, task = auc_by_task(part, times=times,
+                                    seed=seed), patient_groups(part).to_numpy(), Task.of(part)
     out = {"AUC" if len(areas) == 1
            else "macro AUC": Estimate(*areas.iloc[-1][["value", "low", "high", "note"]])}
     if len(areas) == 1:
@@ -168,7 +171,9 @@ def evaluate(
     seed: int = 0, # same seed, same intervals
 ) -> pd.DataFrame: # long: of, metric, value, low, high, note
     "Every metric of a frame of predictions, each with its interval."
-    task, asked, keys = Task.of(predictions), binary_tasks(predictions), patient_groups(predictions).to_numpy()
+    task, asked, keys = (
+        Task.of(predictions), binary_tasks(predictions), patient_groups(predictions).to_numpy(),
+    )
     areas = auc_by_task(predictions, times=times, seed=seed)
     rows = [(name, "AUC", Estimate(*r)) for name, r in areas[["value", "low", "high", "note"]].iterrows()]
     codes, counts = bootstrap_counts(keys, times, seed)

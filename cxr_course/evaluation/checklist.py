@@ -188,12 +188,13 @@ def add_checklist(
     "Add to a report what turns metrics into decisions, and what a journal would ask."
     believed, asks = "Can the probabilities be believed?", "What a reader may still ask"
     result.sections = [s for s in result.sections if s[0] not in (believed, asks)]
-    result.sections += [(believed, _calibration_html(result)), (asks, _check_html(reporting_checklist(result, facts)))]
+    result.sections += [(believed, _calibration_html(result)),
+                        (asks, _check_html(reporting_checklist(result, facts)))]
     return result
 
 # %% ../../nbs/library/evaluation/checklist.ipynb #0ab4c64c
 def _calibration_html(r):
-    "Brier score and calibration error of every question; for one question the reliability diagram and the decision curve."
+    "Brier score and calibration error of every question; for one, two plots as well."
     asked, keys, rows = binary_tasks(r.predictions), r.keys.to_numpy(), []
     for c, (y, s) in asked.items():
         if (y == 1).any():

@@ -105,7 +105,7 @@ def predict_labels(
     # two classes: default .5; findings: one for all or one each; more classes: none
     threshold: float | dict | None = None,
 ): # a Series of classes, or a DataFrame of 1, 0 for findings
-    "What the model says about each image: the threshold for yes or no, the largest probability for more classes."
+    "What the model says about each image: by threshold for yes or no, by largest probability among classes."
     task = Task.of(validate_predictions(predictions))
     p = predictions[task.p_columns].to_numpy(float)
     if task.findings:

@@ -165,7 +165,7 @@ def plot_ternary(
     predictions: pd.DataFrame, # a frame of predictions with three classes
     ax=None, # a matplotlib Axes to draw on
 ): # the matplotlib Figure
-    "Three probabilities at once: every image a point in a triangle, with the borders where the decision changes."
+    "Three probabilities at once: every image a point in a triangle, with the borders of the decision."
     task, ax = Task.of(validate_predictions(predictions)), new_axes(ax, (4.6, 4.2))
     if task.findings or len(task.names) != 3:
         raise CourseError("a triangle has three corners", ", ".join(task.names),

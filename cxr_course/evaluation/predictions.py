@@ -74,7 +74,7 @@ def patient_groups(
 def binary_tasks(
     predictions: pd.DataFrame, # a frame of predictions
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]: # name -> truth (1, 0, NaN) and score
-    "The yes-or-no questions a frame of predictions answers: one for two classes, one a class for more, one a finding."
+    "The yes-or-no questions of a frame: one for two classes, one a class for more, one a finding."
     task = Task.of(validate_predictions(predictions))
     truth = task.indicators(predictions)
     asked = task.names[-1:] if task.outputs == 1 else task.names

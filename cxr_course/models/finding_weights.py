@@ -88,7 +88,7 @@ def loss_contributions(
     positive: np.ndarray | float = 1., # (k,) weight of an image with the finding
     negative: np.ndarray | float = 1., # (k,) weight of an image without it
 ) -> pd.DataFrame: # a row a finding: `with it`, `without it`
-    "The part of the loss from images with a finding and from images without it, while every image has the same loss."
+    "The part of the loss from images with and without a finding, if every image has the same loss."
     p, n = class_frequencies(labels)
     return pd.DataFrame({"with it": p * positive, "without it": n * negative})
 

@@ -61,8 +61,9 @@ class SigmoidLoss(keras.losses.Loss):
     def from_labels(
         cls, images, gamma: float = 0.0, *, even: bool = True, true_odds: bool = False
     ) -> SigmoidLoss:
-        "With the weights of `positive_negative_weights`, from an image store, a frame (its training rows) or an array of labels."
-        return cls(*positive_negative_weights(class_frequencies(training_labels(images))[0], even), gamma=gamma, true_odds=true_odds)
+        "With `positive_negative_weights` of a store, a frame (its training rows) or an array."
+        return cls(*positive_negative_weights(class_frequencies(training_labels(images))[0], even),
+                   gamma=gamma, true_odds=true_odds)
 
     def call(self, y, z):
         ops, k = keras.ops, len(self.positive)

@@ -32,8 +32,8 @@ def metrics_per_split(
     threshold: float = .5, # yes from here upwards
 ) -> pd.DataFrame: # one row a set and question: set, of, tp, fp, tn, fn, accuracy, precision, recall, auc
     "The eight metrics of every set, computed from nothing but its own images."
-    return pd.DataFrame([dict(set=name, of=of, **binary_metrics(y, s, threshold)) for name, p in sets.items() for of,
-                         (y, s) in binary_tasks(p).items()])
+    return pd.DataFrame([dict(set=name, of=of, **binary_metrics(y, s, threshold)) for name, p in sets.items()
+                         for of, (y, s) in binary_tasks(p).items()])
 
 # %% ../../nbs/library/shift/trials.ipynb #93998bf9
 def shortcut_trial(
@@ -71,7 +71,8 @@ def _drawn(t: pd.DataFrame, times: int) -> dict[int, np.ndarray]:
     found = {}
     for seed, s in t.groupby("seed"):
         s = s.sort_values("path")
-        y, p, (codes, counts) = s["truth"].to_numpy(), s["score"].to_numpy(), bootstrap_counts(s["key"], times)
+        y, p, (codes,
+               counts) = s["truth"].to_numpy(), s["score"].to_numpy(), bootstrap_counts(s["key"], times)
         found[seed] = np.r_[auc(y, p), bootstrap_auc(y, p, codes, counts)]
     return found
 

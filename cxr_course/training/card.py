@@ -16,7 +16,9 @@ from ..stats.bootstrap import Estimate
 __all__ = ['INTENDED_USE', 'KNOWN_LIMITS', 'UNRECORDED', 'model_card']
 
 # %% ../../nbs/library/training/card.ipynb #eebf98e9
-INTENDED_USE = "Teaching and research on chest radiographs. It scores images that resemble its training images."
+INTENDED_USE = (
+    "Teaching and research on chest radiographs. It scores images that resemble its training images."
+)
 KNOWN_LIMITS = (
     "Not a medical device and not for diagnosis: it has never been tested in the care of patients.",
     "A high score is no proof of disease and a low score is no proof of health.",
@@ -55,8 +57,8 @@ def _card_parts(card: dict) -> dict[str, list[tuple[str, str]]]:
     "The sections of a model card: title to rows of (what, answer)."
     limits = (card.get("seen") or {}).get("limits", {}).items()
     splits = card.get("data", {}).get("splits", {})
-    parts = {"What it is for": [("", INTENDED_USE)], "What it is not for": [("", text) for text in KNOWN_LIMITS],
-             "What it is": _card_model(card),
+    parts = {"What it is for": [("", INTENDED_USE)],
+             "What it is not for": [("", text) for text in KNOWN_LIMITS], "What it is": _card_model(card),
              "What it learned from": [(s, _card_images(**n)) for s, n in splits.items()] or UNRECORDED,
              "What its training images look like": [(k, f"{a:.2f} to {b:.2f}") for k, (a, b) in limits]
              or UNRECORDED}

@@ -187,8 +187,8 @@ def fine_tune(
         usual = dict(seed=options.get("seed", 0), loss=options.get("loss") or cross_entropy)
         about = _stages(fit_head(freeze(model), store, **usual | (head or {})), last, pretrained)
     unfreeze(model, last)
-    return fit(model, store, run=run, rates=layer_learning_rates(model, pretrained), about=about, resume=resume,
-               **options)
+    return fit(model, store, run=run, rates=layer_learning_rates(model, pretrained), about=about,
+               resume=resume, **options)
 
 # %% ../../nbs/lessons/10_transfer.ipynb #d81c3583
 def _stages(first: pd.DataFrame, last: int | None, pretrained: float) -> dict:
@@ -197,8 +197,8 @@ def _stages(first: pd.DataFrame, last: int | None, pretrained: float) -> dict:
     scores = {k: round(float(best[k]), 4) for k in ("val_loss", "val_auc")}
     return dict(stages=[dict(stage="head on frozen maps", epochs_run=len(first),
                              best_epoch=int(best["epoch"])) | scores,
-                        dict(stage="fine-tuning", unfrozen="all" if last is None else last, pretrained=pretrained,
-                             batch_normalisation="kept as pretrained")])
+                        dict(stage="fine-tuning", unfrozen="all" if last is None else last,
+                             pretrained=pretrained, batch_normalisation="kept as pretrained")])
 
 # %% ../../nbs/lessons/10_transfer.ipynb #c9ae2b7a
 def train_backbone(
