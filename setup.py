@@ -16,7 +16,8 @@ def words(key):
 
 
 extras = {name: words(f"{name}_requirements") for name in ("dicom", "tune", "scale", "lab", "docs")}
-# whoever works on the course reads DICOM and NIfTI, searches, opens the lab and renders the site; Ray stays a choice, it is large
+# whoever works on the course reads DICOM and NIfTI, searches, opens the lab and renders the site;
+# Ray stays a choice, it is large
 extras["dev"] = sorted({
     *words("dev_requirements"),
     *(w for name in ("dicom", "tune", "lab", "docs") for w in extras[name]),

@@ -63,16 +63,14 @@ def _compare(folder: Path, out: Path) -> None:
     "Print and save the tables of a list of experiments."
     from cxr_course.core import atomic
     from cxr_course.show import table
-    from cxr_course.training.results import (
-        collect_runs, paired_differences, plot_differences, summarise_runs,
-    )
+    from cxr_course.training.results import collect_runs, paired_differences, plot_differences, summarise_runs
     runs, gains = collect_runs(folder), paired_differences(folder)
     typer.echo(repr(table(summarise_runs(runs))))
     with atomic(out / "runs.csv") as part:
         runs.to_csv(part, index=False)
     if len(gains):
-        typer.echo("\n" + repr(table(gains, "gain in AUC over the model it changes, 95 % interval over "
-                "patients and seeds")))
+        caption = "gain in AUC over the model it changes, 95 % interval over patients and seeds"
+        typer.echo("\n" + repr(table(gains, caption)))
         with atomic(out / "differences.csv") as part:
             gains.to_csv(part, index=False)
         with atomic(out / "differences.png") as part:
@@ -211,8 +209,8 @@ def tune_command(
 def _refuse_search(out: Path) -> None:
     if (out / "plan.json").exists():
         from cxr_course.core import CourseError
-        raise CourseError("a search lies here already", out, "add --resume to continue it, or name another "
-                "folder")
+        remedy = "add --resume to continue it, or name another folder"
+        raise CourseError("a search lies here already", out, remedy)
 
 def _tell_search(found, out: Path) -> None:
     "The best trials, what mattered, and what the winner's AUC is worth; the same as files."
@@ -234,8 +232,7 @@ def _tell_search(found, out: Path) -> None:
     for name, plot in plots.items():
         with atomic(out / f"{name}.png") as part:
             plot.savefig(part, dpi=120, format="png")
-    typer.echo(f"\n{caution(out)}\nTensorBoard's page of hyperparameters: tensorboard --logdir "
-            f"{out / 'logs'}")
+    typer.echo(f"\n{caution(out)}\nTensorBoard's page: tensorboard --logdir {out / 'logs'}")
 
 # %% ../../nbs/library/cli/search.ipynb #60fe7ac1
 def _train_winner(store, out: Path, seed: int, epochs: int, batch: int) -> None:

@@ -173,7 +173,7 @@ def _small(path) -> np.ndarray:
 
 # %% ../../nbs/library/data/checks.ipynb #57181cf8
 class DatasetCheck:
-    "What `check_dataset` found: `.table`, `.bad` (files), `.pairs` (duplicates), `.figure()`, `.readable` (a frame)."
+    "What `check_dataset` found: `.table`, `.bad` files, `.pairs` of duplicates, `.figure()`, `.readable`."
     def __init__(self,
         frame: pd.DataFrame, # the frame that was checked
         problems: list[dict], # problem, count, first

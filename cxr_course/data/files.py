@@ -46,8 +46,7 @@ def file_kind(
         why = getattr(e, "strerror", None) or e
         raise CourseError(f"the file cannot be opened ({why})", file,
                           "check the path and its permissions") from e
-    if not head:
-        raise CourseError("the file is empty (0 bytes)", file, TRY_AGAIN)
+    if not head: raise CourseError("the file is empty (0 bytes)", file, TRY_AGAIN)
     for name, sign, at in _SIGNS:
         if head[at:at + len(sign)] == sign:
             return name
