@@ -123,9 +123,7 @@ def tune_command(
             min=1, help="Networks to try; hyperband spends the same epochs on " "more and shorter trials."
         ),
     ] = 20,
-    epochs: Annotated[
-        int, typer.Option(min=1, help="Passes over the training images for one network, at " "most.")
-    ] = 9,
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the training images, at most.")] = 9,
     minutes: Annotated[
         float | None,
         typer.Option(
@@ -141,10 +139,7 @@ def tune_command(
         ),
     ] = "64",
     space: Annotated[
-        SpaceChoice,
-        typer.Option(
-            help="large: 32 to 256 filters, as published. small: a quarter " "of them, for a laptop."
-        ),
+        SpaceChoice, typer.Option(help="large: 32 to 256 filters, as published; small: a quarter of them.")
     ] = SpaceChoice.large,
     executions: Annotated[
         int,
