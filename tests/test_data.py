@@ -437,7 +437,7 @@ def test_beside_finds_films_of_another_set(kaggle, tmp_path):
     across = r.pairs[r.pairs["meta_set_a"] != r.pairs["meta_set_b"]]
     assert across[
         "path_a"
-    ].nunique() >= 4 and "pairs: one picture in this set and in the one beside it" in set(r.table["problem"])
+    ].nunique() >= 4 and "pairs: one image in this set and in the one beside it" in set(r.table["problem"])
     assert not r.table["problem"].str.contains("two splits|two labels").any()
 
 

@@ -257,7 +257,7 @@ def test_only_an_impossible_search_leaves_a_page_without_shortcuts(drawn, tmp_pa
     with pytest.raises(CourseError, match="unknown class or finding 'TB'"):
         write_overview(drawn, tmp_path / "a", pixels=False, target="TB")
     def wrong(*a): raise CourseError("a mistake of ours")
-    monkeypatch.setattr(exploration_page_module, "shortcuts", wrong)
+    monkeypatch.setattr(exploration_page_module, "find_shortcuts", wrong)
     with pytest.raises(CourseError, match="a mistake of ours"):
         write_overview(drawn, tmp_path / "b", pixels=False)
     assert not [p for p in tmp_path.iterdir() if p.suffix != ".png"]

@@ -310,12 +310,12 @@ def test_a_store_and_a_network_of_ones_own_have_the_same_guards(images, tmp_path
 
 KILLED = """
 import os, signal, sys
-from cxr_course.data.loading import load
+from cxr_course.data.loading import load_dataset
 from cxr_course.training import judging
 from cxr_course.training.job import train_job
 if sys.argv[3] == "report":
     judging.report_run = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
-train_job(load(sys.argv[1], unknown="image"), sys.argv[2], shape=(32, 32), epochs=int(sys.argv[4]))
+train_job(load_dataset(sys.argv[1], unknown="image"), sys.argv[2], shape=(32, 32), epochs=int(sys.argv[4]))
 """
 
 

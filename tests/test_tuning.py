@@ -324,11 +324,11 @@ def test_images_too_small_for_some_networks_fail_those_trials_only(store, tmp_pa
 
 
 def test_importance_finds_the_hyperparameter_that_matters(tmp_path):
-    found = climb("random", tmp_path / "s", trials=30)
+    found = climb("random", tmp_path / "s", trials=80)
     shares = hyperparameter_importance(found, draws=8).set_index("parameter")
     assert shares["share"].idxmax() == "lr" and shares.loc["lr", "low"] > shares.loc["a die", "high"]
     assert hyperparameters(found) == ["filters", "kernel", "lr"]
-    assert len(plot_parallel(found).axes[0].lines) == 30 + 4
+    assert len(plot_parallel(found).axes[0].lines) == 80 + 4
     assert len(plot_importance(shares.reset_index()).axes[0].patches) == 4
 
 

@@ -101,7 +101,7 @@ def _refuse_unequal(firsts: dict[str, str]) -> None:
 class _Lines:
     "A text file that hands on each finished line."
     def __init__(self, put: Callable[[str], None]): self.put, self.rest = put, ""
-
+    def isatty(self) -> bool: return False
     def write(self, text: str) -> int:
         *lines, self.rest = (self.rest + text).split("\n")
         for line in lines: self.put(line)
