@@ -87,7 +87,7 @@ def pretraining_images(
 ): # a Store of phantom images, one a patient, from three hospitals
     "A world of its own for pretraining, so that nobody in it is met again in a lesson."
     folder = cache_dir("phantom") / f"pretraining-{kind}-{patients}-{max(shape)}-{seed}-v{PHANTOM_VERSION}"
-    plan = population(patients, seed, kind, (1, 1), ("A", "B", "C"), pixels=max(shape) * 5 // 4)
+    plan = population(patients, seed, kind, (1, 1), hospitals=("A", "B", "C"), pixels=max(shape) * 5 // 4)
     if not folder.exists(): write_dataset(plan, folder, {"pneumonia": "mendeley"}.get(kind, kind))
     return build_store(hold_out(load_dataset(folder, classes=2 if kind == "pneumonia" else None), .15), shape)
 
