@@ -11,6 +11,7 @@ from tools.lessons import budget, over
 from tools.measure import measure, sources
 from tools.notebooks import notebooks, write_notebook
 from tools.readme import readme
+from tools.texts import HEAVIEST
 
 SETTINGS = dict(
     repo="toy",
@@ -219,7 +220,7 @@ PLANTED = [  # gate, file, what is there, what is put in its place, what the gat
     ("run_before_saving", LESSON, '"outputs": []', STDERR, "a warning or log is stored"),
     ("layout", LESSON, "> A toy", "> A toy\\n\\nMore.", "first markdown cell"),
     ("layout", LESSON, "Short.", "/" + "home/anna/image.png", "a folder of one machine"),
-    ("layout", LESSON, "Short.", "x" * 600_001, "KB with its results"),
+    ("layout", LESSON, "Short.", "x" * (HEAVIEST + 1), "KB with its results"),
 ]
 
 

@@ -61,7 +61,13 @@ SCRIPT = """
     two = devices(2)
     from test_scaling import fit
     fit(Path({folder!r}), "one")
-    fit(Path({folder!r}), "both", strategy=two)
+    fit(Path({folder!r}), "alone", batch=10)
+    fit(Path({folder!r}), "both", batch=10, strategy=two)
+    from cxr_course.core import CourseError
+    try:
+        fit(Path({folder!r}), "uneven", strategy=two)
+    except CourseError as e:
+        (Path({folder!r}) / "uneven").write_text(str(e))
 """
 
 
@@ -161,7 +167,9 @@ def test_unequal_settings_are_refused_by_all(runs):
 
 @needs_ray
 def test_two_devices_give_the_same_run(runs):
-    assert same(runs.folder, "one", "both")
+    assert same(runs.folder, "alone", "both")
+    said = (runs.folder / "uneven").read_text()
+    assert "2 devices cannot share a batch of 7" in said and "batch=6" in said
 
 
 def test_a_machine_with_other_code_is_refused():

@@ -23,7 +23,7 @@ from ..models.inspect import describe
 from ..models.losses import cross_entropy
 from .finishing import finish_run
 from .learner import Learner, bar_is_seen, learner, run_epochs, val_losses
-from .plan import Given, first_rate, make_plan, refuse_images, refuse_settings
+from .plan import Given, first_rate, make_plan, refuse_images, refuse_settings, refuse_shares
 from .run import TrainingRun
 from .run_folder import load_state, save_state, workplace
 from .schedules import kept_epoch
@@ -106,6 +106,7 @@ def fit(
                     predict_train=predict_train, about=about)
     refuse_settings(model, settings, optimizer, loss, rates, strategy)
     refuse_images(model, train, val)
+    refuse_shares(train, batch, strategy)
     given = Given(optimizer, loss, augment, normaliser, rates, strategy, list(callbacks), each)
     plan = make_plan(model, train, val, name, given) | settings
     with workplace(run, plan, resume) if process_place(strategy)[0] == 0 else nullcontext() as part:

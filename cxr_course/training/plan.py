@@ -109,6 +109,15 @@ def refuse_images(model, train, val) -> None:
         for name, f in parts.items():
             _refuse_labels(f, name, len(task.names))
 
+def refuse_shares(train, batch: int, strategy) -> None:
+    "Raise if the devices of one machine cannot share the first batch equally: Keras averages their parts."
+    if strategy is None or process_place(strategy)[1] > 1:
+        return
+    n, shown = strategy.num_replicas_in_sync, min(batch, len(split_rows(train, "train")))
+    if shown % n:
+        raise CourseError(f"{n} devices cannot share a batch of {shown} images equally", None,
+                          f"use batch={max(shown // n, 1) * n}")
+
 def _refuse_labels(frame: pd.DataFrame, split: str, classes: int) -> None:
     "Raise if a label is missing, or a class is not shown where it must be."
     if missing := int(frame["label"].isna().sum()):
