@@ -23,7 +23,9 @@ from ..models.inspect import describe
 from ..models.losses import cross_entropy
 from .finishing import finish_run
 from .learner import Learner, bar_is_seen, learner, run_epochs, val_losses
-from .plan import Given, first_rate, make_plan, refuse_images, refuse_settings, refuse_shares
+from cxr_course.training.plan import (
+    Given, first_rate, make_plan, refuse_images, refuse_settings, refuse_shares,
+)
 from .run import TrainingRun
 from .run_folder import load_state, save_state, workplace
 from .schedules import kept_epoch
