@@ -60,7 +60,8 @@ CORE = [
 COUNT = [
     "#| default_exp stats.count",
     "# Counting\n> A toy",
-    "## First\n\n**Before you start** (3 minutes to read) **You will build** a sum. **You will be able to** count.",
+    "## First\n\n**Before you start** (3 minutes to read)\n**You will build** a sum.\n"
+    "**You will be able to** count.",
     "#| export\nfrom __future__ import annotations\nimport math",
     "#| export\nfrom cxr_course.core import number",
     "#| export\ndef images(n): # a number\n    'How many.'\n    return math.floor(number(n))",
@@ -234,7 +235,7 @@ PLANTED = [  # gate, file, what is there, what is put in its place, what the gat
     ("layout", LESSON, "Short.", "/" + "home/anna/image.png", "a folder of one machine"),
     ("layout", LESSON, "Short.", "x" * (HEAVIEST + 1), "KB with its results"),
     ("teaching", LESSON, "#| export", "#| exporti", "1 private cells"),
-    ("teaching", LESSON, "assert images(3.5) == 3", "assert images(3.5) == 3  # " + "a" * 80, "wide (at most 100)"),
+    ("teaching", LESSON, "assert images(3.5) == 3", "n = 1  # " + "a" * 92, "wide (at most 100)"),
     ("teaching", LESSON, "assert images(3.5) == 3", "n = 1\\n" * 240, "lines of code (at most 250)"),
     ("teaching", LESSON, "assert images(3.5) == 3\\n", "", "of its code is exported"),
     ("teaching", LESSON, "You will build", "You build", "does not say *You will build*"),
