@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from .lessons import teaching
 from .modules import light, modules, small, unique
 from .notebooks import ROOT, Fault, command, directives, cells, files, notebooks, sidebar
 from .readme import readme
@@ -186,7 +187,7 @@ GATES: dict[str, Callable[[str | Path], list[str]]] = {
         small,
         unique,
         light,
-        *map(_of_texts, TEXTS),
+        *map(_of_texts, (*TEXTS, teaching)),
     )
 }
 
