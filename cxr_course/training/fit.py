@@ -133,7 +133,8 @@ def _learner(model, task: Task, plan: dict, given: Given) -> Learner:
 def _train(model, train, val, part: Path | None, plan: dict, given: Given) -> bool:
     "Epoch after epoch; True if the reader pressed Ctrl-C."
     if plan["deterministic"]:
-        tf.config.experimental.enable_op_determinism()
+        tf.config.experimental.enable_op_determinism()    # for the rest of this process ...
+        tf.random.set_seed(plan["seed"])                  # ... in which Keras then demands a seed
     task = Task.of(train.frame)
     taught, judge = _learner(model, task, plan, given), validation(model, val, loss=given.loss)
     variables = [v for v in (*taught.model.variables, *taught.optimizer.variables)
