@@ -60,7 +60,7 @@ CORE = [
 COUNT = [
     "#| default_exp stats.count",
     "# Counting\n> A toy",
-    "## First\n\n**Before you start** (3 minutes to read)\n**You will build** a sum.\n"
+    "## First\n\n**Before you start** (about 3 minutes to read, 1 to run)\n**You will build** a sum.\n"
     "**You will be able to** count.",
     "#| export\nfrom __future__ import annotations\nimport math",
     "#| export\nfrom cxr_course.core import number",
@@ -99,7 +99,8 @@ def in_order(tmp_path_factory):
     (folder / "_quarto.yml").write_text(SIDEBAR)
     for name in ("ruff.toml", ".importlinter"):
         shutil.copy(ROOT / name, folder / name)
-    index = ["# Toy\n> Three modules", "## Begin\n\nStart with [counting](lessons/07_count.ipynb)."]
+    row = "| 07 | [Counting](lessons/07_count.ipynb) | count | 3 | 1 |"
+    index = ["# Toy\n> Three modules", f"## Begin\n\n{row}"]
     texts = {
         "index": index,
         "glossary": ["# Glossary\n> One word", "### Image\n\nPixels."],
@@ -182,6 +183,7 @@ PLANTED = [  # gate, file, what is there, what is put in its place, what the gat
     ),
     ("readme_fresh", "README.md", "Three modules", "Four modules", "make readme"),
     ("readme_fresh", "nbs/index.ipynb", "Three modules", "Four modules", "make readme"),
+    ("readme_fresh", "nbs/index.ipynb", "| 3 | 1 |", "| 2 | 1 |", "what the lessons' openings say"),
     (
         "processed",
         LIBRARY,

@@ -22,7 +22,8 @@ from cxr_course.scale import engine as engine_module
 from cxr_course.scale.engine import (
     _in_words, _refuse_unequal, _would_recur, distributed_train, import_ray, launch, ray_session, stamp,
 )
-from cxr_course.scale.work import amdahl, distributed_decode, distributed_search
+from cxr_course.scale.search import distributed_search
+from cxr_course.scale.work import amdahl, distributed_decode
 
 HAVE_RAY = find_spec("ray") is not None
 needs_ray = pytest.mark.skipif(not HAVE_RAY, reason='Ray is not installed: pip install "cxr-course[scale]"')
