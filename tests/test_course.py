@@ -230,8 +230,9 @@ def test_the_table_of_lessons_follows_their_openings(tmp_path):
     opening = "## Now\n\n*About 40 minutes to read, half a minute to run at the default size.*"
     write_notebook(tmp_path / "nbs/lessons/07_a.ipynb", ["# Maps: what they show\n> t", opening])
     write_notebook(tmp_path / "nbs/lessons/08_b.ipynb", ["# Loss\n> t", "## Now\n\nNothing said."])
-    rows = "| 07 | [old](lessons/07_a.ipynb) | see | 1 | 1 |\n| 08 | [Loss](lessons/08_b.ipynb) | fit | 9 | 9 |"
-    write_notebook(tmp_path / "nbs/index.ipynb", ["# T\n> t", f"## L\n\n{rows}"])
+    first = "| 07 | [old](lessons/07_a.ipynb) | see | 1 | 1 |"
+    second = "| 08 | [Loss](lessons/08_b.ipynb) | fit | 9 | 9 |"
+    write_notebook(tmp_path / "nbs/index.ipynb", ["# T\n> t", f"## L\n\n{first}\n{second}"])
     assert write_readme(tmp_path) == 0 and stale_index(tmp_path) is None
     text = (tmp_path / "README.md").read_text()
     assert "| 07 | [Maps](nbs/lessons/07_a.ipynb) | see | 40 | ½ |" in text

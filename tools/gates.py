@@ -91,7 +91,7 @@ def exported(root: str | Path) -> list[str]:
 
 
 def readme_fresh(root: str | Path) -> list[str]:
-    """README.md is what nbs/index.ipynb says, which has the lessons' own minutes; its links lead somewhere."""
+    """README.md is what nbs/index.ipynb says, with the lessons' own minutes; its links lead somewhere."""
     if stale_index(root) is not None:
         return ["nbs/index.ipynb: its table is not what the lessons' openings say; run `make readme`"]
     path = Path(root) / "README.md"

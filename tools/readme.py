@@ -11,12 +11,12 @@ from .notebooks import ROOT, cells, command, directives, write
 from .pages import NOT_SHOWN
 
 # a row of the table: number, link, what it is for; title and minutes are the lesson's own words
-ROW = re.compile(r"^\| (\d\d) \| \[[^\]]*\]\((lessons/[^)]+)\) \| (.*) \| [^|]* \| [^|]* \|$", re.M)
+ROW = re.compile(r"^\| (\d\d) \| \[[^]]*\]\((lessons/[^)]+)\) \| (.*) \| [^|]*\|[^|]*\|$", re.M)
 MINUTES = re.compile(r"about ([\d.]+) minutes? to read, (.+?)(?: minutes?)? to run", re.I)
 
 
 def lesson_rows(text: str, root: str | Path) -> str:
-    """The text with each row of the table of lessons as that lesson's opening has it; ? where it says none."""
+    """The text with each row of the table of lessons as the lesson's opening has it; ? where it says none."""
 
     def row(found: re.Match) -> str:
         number, link, use = found.groups()
