@@ -155,6 +155,7 @@ def plot_differences(
     names = [f"{g.experiment}: {g.change} (after {g.parent})" for g in gains.itertuples()]
     ax.set_yticks(range(len(gains)), names)
     ax.set_xlabel("gain in AUC on the test images, 95 % interval over patients and seeds")
+    ax.locator_params(axis="x", nbins=6)
     ax.set_ylim(len(gains) - .5, -.5)
     ax.spines[["top", "right"]].set_visible(False)
     plt.close(fig)
