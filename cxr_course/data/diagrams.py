@@ -10,7 +10,8 @@ import numpy as np
 from ..show import PALETTE
 
 # %% auto #0
-__all__ = ['IMAGES_EACH', 'BY_IMAGE', 'BY_PATIENT', 'STEPS', 'draw_patient_split', 'draw_input_pipeline']
+__all__ = ['IMAGES_EACH', 'BY_IMAGE', 'BY_PATIENT', 'STEPS', 'ONCE', 'EVERY', 'NETWORK', 'draw_patient_split',
+           'draw_input_pipeline']
 
 # %% ../../nbs/library/data/diagrams.ipynb #6cda1030
 IMAGES_EACH = (4, 2, 3, 1, 4, 3, 2, 1)   # images of each drawn patient
@@ -51,7 +52,7 @@ def _draw_patient(ax, row: int, test: np.ndarray) -> bool:
                                    edgecolor=PALETTE[3], linewidth=2))
     return both
 
-# %% ../../nbs/library/data/diagrams.ipynb #90ce91d9
+# %% ../../nbs/library/data/diagrams.ipynb #c016065b
 STEPS = ( # title, what happens, what comes out
     ("files", "PNG, JPEG,\nDICOM", "any shape,\nany number type"),
     ("read", "decode to one\nchannel", "(h, w) float32\n0 to 1, bones white"),
@@ -62,18 +63,21 @@ STEPS = ( # title, what happens, what comes out
     ("network", "one step of\ntraining", "loss"),
 )
 
+ONCE, EVERY, NETWORK = (PALETTE[0], "#c5dcf2"), (PALETTE[2], "#dcf0cf"), ("#555555", "#e4e4e4")
+
 def draw_input_pipeline(): # a matplotlib figure
     "From files to batches: the steps that are done once, and those of every epoch."
     import matplotlib.pyplot as plt
     fig, ax = plt.subplots(figsize=(10.5, 2.7), layout="constrained")
     for i, (title, does, gives) in enumerate(STEPS):
-        edge, face = (PALETTE[0], "#c5dcf2") if i < 3 else (PALETTE[2], "#dcf0cf") if i < 6 else ("#555", "#e4e4e4")
+        edge, face = ONCE if i < 3 else EVERY if i < 6 else NETWORK
         ax.add_patch(plt.Rectangle((i * 1.5, 0), 1.22, 1, facecolor=face, edgecolor=edge))
         ax.text(i * 1.5 + .61, .8, title, ha="center", va="center", fontsize=10.5, weight="bold")
         ax.text(i * 1.5 + .61, .36, does, ha="center", va="center", fontsize=8)
         ax.text(i * 1.5 + .61, -.32, gives, ha="center", va="center", fontsize=8, color="#444444")
         if i:
-            ax.annotate("", (i * 1.5, .5), (i * 1.5 - .28, .5), arrowprops=dict(arrowstyle="->", color="#333"))
+            arrow = dict(arrowstyle="->", color="#333")
+            ax.annotate("", (i * 1.5, .5), (i * 1.5 - .28, .5), arrowprops=arrow)
     for start, stop, words, colour in ((0, 2, "once, before training; kept on disk", PALETTE[0]),
                                        (3, 5, "for every batch of every epoch", PALETTE[2])):
         ax.plot([start * 1.5, stop * 1.5 + 1.22], [1.18, 1.18], color=colour, linewidth=2)
