@@ -6,9 +6,8 @@ from PIL import Image
 
 from cxr_course.core import CourseError
 from cxr_course.frame import Task, make_frame
-from cxr_course.training.augmentation import (
-    Augmentation, affine_matrix, metrics_over_seeds, write_copies,
-)
+from cxr_course.training.augmentation import Augmentation, affine_matrix, metrics_over_seeds
+from cxr_course.training.copies import write_copies
 
 import keras
 

@@ -429,8 +429,6 @@ def test_launch_is_train_by_two(place):
     one, two = (pd.read_csv(place / "runs" / name / "history.csv") for name in ("lone", "pair"))
     assert abs(one["loss"] - two["loss"]).max() < 1e-4 and abs(one["val_loss"] - two["val_loss"]).max() < 1e-3
     assert not list((place / "runs").glob(".*pair*"))
-    _, err = cxr("launch", "--workers", 2, "train", "--data", "nowhere", "--out", "runs/x", cwd=place, code=2)
-    assert "nowhere" in err and not (place / "runs/x").exists()
 
 
 def test_launch_refuses_in_words(place):
@@ -440,6 +438,11 @@ def test_launch_refuses_in_words(place):
     assert "add --out" in err
     _, err = cxr("launch", "train", "--data", "films", "--out", "runs/x", "--epochs", 0, cwd=place, code=2)
     assert "--epochs" in err
+    _, err = cxr("launch", "train", "--data", "nowhere", "--out", "runs/x", cwd=place, code=2)
+    assert "nowhere" in err and not (place / "runs/x").exists()
+    (place / "runs/taken").mkdir(parents=True)
+    _, err = cxr("launch", "train", "--data", "films", "--out", "runs/taken", cwd=place, code=2)
+    assert "never overwritten" in err
     if not find_spec("ray"):
         _, err = cxr("launch", "train", "--data", "films", "--out", "runs/x", cwd=place, code=2)
         assert "pip install" in err

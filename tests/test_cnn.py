@@ -7,9 +7,9 @@ import pytest
 
 from cxr_course.core import CourseError
 from cxr_course.models.cnn import (
-    CNNSpec, CNN_SPECS, build_cnn, classifier_head, conv2d, feature_extractor, layer_table, max_pool,
-    probabilities,
+    CNNSpec, CNN_SPECS, build_cnn, classifier_head, feature_extractor, layer_table, probabilities,
 )
+from cxr_course.models.convolution import conv2d, max_pool
 from cxr_course.models.inspect import describe, feature_maps, receptive_field
 from cxr_course.models.mlp import MLP_SPECS, build_mlp
 

@@ -16,7 +16,7 @@ from tools import outputs
 from tools.course import course
 from tools.notebooks import Fault, choose, notebooks, write_notebook
 from tools.pages import FETCH, formula, markdown, page_of
-from tools.readme import readme
+from tools.readme import readme, stale_index, write_readme
 
 
 @pytest.fixture
@@ -224,6 +224,19 @@ def test_the_readme_leads_to_the_notebooks(tmp_path):
         part in text
         for part in ("(nbs/lessons/00_a.ipynb)", "(https://b.org)", "(#l)", "(LICENSE)", "(nbs/i/e.png)")
     )
+
+
+def test_the_table_of_lessons_follows_their_openings(tmp_path):
+    opening = "## Now\n\n*About 40 minutes to read, half a minute to run at the default size.*"
+    write_notebook(tmp_path / "nbs/lessons/07_a.ipynb", ["# Maps: what they show\n> t", opening])
+    write_notebook(tmp_path / "nbs/lessons/08_b.ipynb", ["# Loss\n> t", "## Now\n\nNothing said."])
+    first = "| 07 | [old](lessons/07_a.ipynb) | see | 1 | 1 |"
+    second = "| 08 | [Loss](lessons/08_b.ipynb) | fit | 9 | 9 |"
+    write_notebook(tmp_path / "nbs/index.ipynb", ["# T\n> t", f"## L\n\n{first}\n{second}"])
+    assert write_readme(tmp_path) == 0 and stale_index(tmp_path) is None
+    text = (tmp_path / "README.md").read_text()
+    assert "| 07 | [Maps](nbs/lessons/07_a.ipynb) | see | 40 | ½ |" in text
+    assert "| 08 | [Loss](nbs/lessons/08_b.ipynb) | fit | ? | ? |" in text
 
 
 def test_make_says_what_python_it_needs(root, tmp_path):

@@ -41,6 +41,8 @@ SIDEBAR = """website:
   sidebar:
     contents:
       - index.ipynb
+      - glossary.ipynb
+      - five_systems.ipynb
       - section: Lessons
         contents: [lessons/07_count.ipynb]
       - section: The library
@@ -58,11 +60,19 @@ CORE = [
 COUNT = [
     "#| default_exp stats.count",
     "# Counting\n> A toy",
+    "## First\n\n**Before you start** (about 3 minutes to read, 1 to run)\n**You will build** a sum.\n"
+    "**You will be able to** count.",
     "#| export\nfrom __future__ import annotations\nimport math",
     "#| export\nfrom cxr_course.core import number",
     "#| export\ndef images(n): # a number\n    'How many.'\n    return math.floor(number(n))",
+    "## Half\n\nHalf an [image](../glossary.ipynb#image) is none.",
     "assert images(2.5) == 2",
-    "## Summary\n\nShort.",
+    "## Whole\n\nA count is whole.",
+    "\n".join(f"assert images({n}.5) == {n}" for n in range(3, 11)),
+    "## Summary\n\nShort. See [system A](../five_systems.ipynb#system-a).",
+    "## Questions\n\n1. How many? <details><summary>Answer</summary>Two.</details>",
+    "## Exercises\n\nCount more.",
+    "## Further reading\n\nNone.",
 ]
 HALVE = [
     "#| default_exp models.halve",
@@ -89,9 +99,12 @@ def in_order(tmp_path_factory):
     (folder / "_quarto.yml").write_text(SIDEBAR)
     for name in ("ruff.toml", ".importlinter"):
         shutil.copy(ROOT / name, folder / name)
-    index = ["# Toy\n> Three modules", "## Begin\n\nStart with [counting](lessons/07_count.ipynb)."]
+    row = "| 07 | [Counting](lessons/07_count.ipynb) | count | 3 | 1 |"
+    index = ["# Toy\n> Three modules", f"## Begin\n\n{row}"]
     texts = {
         "index": index,
+        "glossary": ["# Glossary\n> One word", "### Image\n\nPixels."],
+        "five_systems": ["# Systems\n> One of them", "## System A\n\nA notebook."],
         "lessons/07_count": COUNT,
         "library/core": CORE,
         "library/models/halve": HALVE,
@@ -128,6 +141,7 @@ LESSON, LIBRARY, MODULE = (
 STATS = "cxr_course/stats/count.py"
 ERROR = '"outputs": [{"output_type": "error", "ename": "E", "evalue": "", "traceback": []}]'
 STDERR = '"outputs": [{"output_type": "stream", "name": "stderr", "text": ["W0000"]}]'
+PLOT = '"outputs": [{"output_type": "display_data", "metadata": {}, "data": {"image/png": ""}}]'
 PLANTED = [  # gate, file, what is there, what is put in its place, what the gate must say
     (
         "layers",
@@ -169,6 +183,7 @@ PLANTED = [  # gate, file, what is there, what is put in its place, what the gat
     ),
     ("readme_fresh", "README.md", "Three modules", "Four modules", "make readme"),
     ("readme_fresh", "nbs/index.ipynb", "Three modules", "Four modules", "make readme"),
+    ("readme_fresh", "nbs/index.ipynb", "| 3 | 1 |", "| 2 | 1 |", "what the lessons' openings say"),
     (
         "processed",
         LIBRARY,
@@ -221,6 +236,21 @@ PLANTED = [  # gate, file, what is there, what is put in its place, what the gat
     ("layout", LESSON, "> A toy", "> A toy\\n\\nMore.", "first markdown cell"),
     ("layout", LESSON, "Short.", "/" + "home/anna/image.png", "a folder of one machine"),
     ("layout", LESSON, "Short.", "x" * (HEAVIEST + 1), "KB with its results"),
+    ("teaching", LESSON, "#| export", "#| exporti", "1 private cells"),
+    ("teaching", LESSON, "assert images(3.5) == 3", "n = 1  # " + "a" * 92, "wide (at most 100)"),
+    ("teaching", LESSON, "assert images(3.5) == 3", "n = 1\\n" * 240, "lines of code (at most 250)"),
+    ("teaching", LESSON, "assert images(3.5) == 3\\n", "", "of its code is exported"),
+    ("teaching", LESSON, "You will build", "You build", "does not say *You will build*"),
+    ("teaching", LESSON, "## Questions", "## Riddles", "no section ## Questions"),
+    ("teaching", LESSON, "<details>", "", "no folded answers"),
+    ("teaching", LESSON, "glossary.ipynb#image", "five_systems.ipynb#system-a", "linked to the glossary"),
+    ("teaching", LESSON, "[system A](../five_systems.ipynb#system-a)", "system A", "system A without a link"),
+    ("teaching", LESSON, "A count is whole.", "See lesson 3.", "lesson 3 is named by its number"),
+    ("teaching", LESSON, "A count is whole.", "A film is whole.", "the field says: image"),
+    ("teaching", LESSON, "assert images(2.5) == 2", "#| hide\\nassert images(2.5) == 2", "a hidden cell"),
+    ("teaching", LESSON, "assert images(2.5) == 2", "by_run_size(1, 2, 3)", "asked in the open"),
+    ("teaching", LESSON, '"outputs": []', PLOT, "a figure without #| fig-cap"),
+    ("teaching", LESSON, '"outputs": []', PLOT, "a figure without #| fig-alt"),
 ]
 
 
@@ -281,13 +311,22 @@ def test_the_tests_of_a_notebook_are_found(tmp_path):
     }
 
 
-def test_the_budget_of_a_lesson(in_order, tmp_path):
+def test_the_budget_of_a_lesson(in_order):
     row = budget(next(n for n in notebooks(in_order) if n.lesson))
-    assert (
-        (row["cells"], row["lines"], row["private"]) == (7, 7, 0)
-        and row["exported"] == 6 / 7
-        and over(row) == ["texts", "exported"]
-    )
+    assert (row["cells"], row["lines"], row["private"], over(row)) == (14, 15, 0, [])
+    assert row["exported"] == 6 / 15 and row["texts"] == 8 / 6
+    many = dict(cells=61, lines=251, texts=0.79, exported=0.41, private=1, widest=101)
+    assert over(many) == list(many)
+
+
+def test_lessons_that_are_due_pass_and_are_taken_off_when_done(in_order, tmp_path):
+    folder = shutil.copytree(in_order, tmp_path / "small", symlinks=True)
+    (folder / "tools").mkdir()
+    (folder / "tools/lessons_due.txt").write_text("lessons/07_count\n")
+    assert "take it off" in GATES["teaching"](folder)[0]
+    text = (folder / LESSON).read_text()
+    (folder / LESSON).write_text(text.replace("## Summary", "## Sum"))
+    assert GATES["teaching"](folder) == []
 
 
 def test_measures(in_order):

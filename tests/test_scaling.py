@@ -22,7 +22,8 @@ from cxr_course.scale import engine as engine_module
 from cxr_course.scale.engine import (
     _in_words, _refuse_unequal, _would_recur, distributed_train, import_ray, launch, ray_session, stamp,
 )
-from cxr_course.scale.work import amdahl, distributed_decode, distributed_search
+from cxr_course.scale.search import distributed_search
+from cxr_course.scale.work import amdahl, distributed_decode
 
 HAVE_RAY = find_spec("ray") is not None
 needs_ray = pytest.mark.skipif(not HAVE_RAY, reason='Ray is not installed: pip install "cxr-course[scale]"')
@@ -57,17 +58,8 @@ SCRIPT = """
     import sys
     from pathlib import Path
     sys.path.insert(0, {tests!r})
-    from cxr_course.scale.work import devices
-    two = devices(2)
     from test_scaling import fit
     fit(Path({folder!r}), "one")
-    fit(Path({folder!r}), "alone", batch=10)
-    fit(Path({folder!r}), "both", batch=10, strategy=two)
-    from cxr_course.core import CourseError
-    try:
-        fit(Path({folder!r}), "uneven", strategy=two)
-    except CourseError as e:
-        (Path({folder!r}) / "uneven").write_text(str(e))
 """
 
 
@@ -76,8 +68,9 @@ def fit(folder, name, **options):
     from cxr_course.training import fit as fit_module
     store = build_store(world(folder / "png"), (24, 24), folder=folder / "store")
     model = build_cnn(CNNSpec((4, 8), (8,), l2=.001), (24, 24, 1), seed=3)
-    return fit_module.fit(model, store, run=folder / name,
-                          **(dict(epochs=2, batch=7, lr=1e-2, seed=3) | options))
+    rates = [.5] * 4 + [1.] * 4
+    usual = dict(epochs=2, batch=7, lr=1e-2, seed=3, optimizer="adamw", rates=rates)
+    return fit_module.fit(model, store, run=folder / name, **(usual | options))
 
 
 def team_job(folder):
@@ -107,7 +100,7 @@ def team_job(folder):
 
 @pytest.fixture(scope="module")
 def runs(ray, tmp_path_factory):
-    "One device, two devices, and a team of two processes of which one is killed."
+    "One process, and a team of two of which one is killed."
     folder = tmp_path_factory.mktemp("team")
     program = textwrap.dedent(SCRIPT.format(tests=os.path.dirname(__file__), folder=str(folder)))
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
@@ -163,13 +156,6 @@ def test_an_error_of_a_worker_arrives_in_words_and_is_not_tried_again(runs):
 @needs_ray
 def test_unequal_settings_are_refused_by_all(runs):
     for me in (0, 1): assert "they differ in lr" in (runs.folder / f"refused-{me}").read_text()
-
-
-@needs_ray
-def test_two_devices_give_the_same_run(runs):
-    assert same(runs.folder, "alone", "both")
-    said = (runs.folder / "uneven").read_text()
-    assert "2 devices cannot share a batch of 7" in said and "batch=6" in said
 
 
 def test_a_machine_with_other_code_is_refused():

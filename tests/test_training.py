@@ -81,6 +81,8 @@ SCRIPT = """
     resume = "resume" in sys.argv
     print(fit(build_cnn(SMALL, (24, 24, 1)), store, run=folder / sys.argv[1], epochs=4, batch=8, lr=1e-2,
               augment=augment, deterministic=True, resume=resume, each=each if "hurt" in sys.argv else None))
+    import tensorflow as tf
+    tf.random.uniform((1,))              # whoever goes on in this process must not be asked for a seed
 """
 
 

@@ -151,7 +151,7 @@ def test_heat_maps_are_those_of_a_network_built_here():
 def test_cam_takes_a_wrapped_mean_head():
     wrapped = wrap(sequential(2, "softmax"))
     a, b = (explain(wrapped, images(), class_logit(1), m) for m in ("cam", "gradcam"))
-    assert np.allclose(a, b, atol=1e-5)
+    assert np.allclose(a, b, atol=1e-4)      # of maps between 0 and 1; float32 leaves 1.5e-5 for some weights
     assert [name for name, _ in cascading_randomization(wrapped)][0] == "logits"
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from .gates import tool
-from .lessons import budget, over
+from .lessons import teaching
 from .modules import LONGEST
 from .notebooks import FORGOTTEN, ROOT, Fault, Notebook, choose, command, notebooks
 from .outputs import clean
@@ -51,7 +51,7 @@ def texts(notebook: Notebook, root: Path) -> list[str]:
         if notebook.part == FORGOTTEN
         else []
     )
-    return [*lost, *(fault for gate in TEXTS for fault in gate(notebook, root))]
+    return [*lost, *(fault for gate in (*TEXTS, teaching) for fault in gate(notebook, root))]
 
 
 def style(notebook: Notebook, root: Path) -> list[str]:
@@ -115,10 +115,6 @@ def check(notebook: Notebook, root: Path) -> int:
     tests = Tests(notebook, root)
     count += step("links, results", texts) + step("style", style) + step("cells at tiny", cells_run)
     count += step(f"tests ({', '.join(p.name for p in tests.files) or 'none of its own'})", tests.faults)
-    if notebook.lesson and (broken := over(budget(notebook))):
-        print(
-            f"  for information: over the budget of a lesson in {', '.join(broken)} (python -m tools.lessons)"
-        )
     print(f"  together {clock(time.perf_counter() - started)}")
     return count
 

@@ -15,9 +15,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from .lessons import teaching
 from .modules import light, modules, small, unique
 from .notebooks import ROOT, Fault, command, directives, cells, files, notebooks, sidebar
-from .readme import readme
+from .readme import readme, stale_index
 from .texts import TEXTS, dead_links
 
 
@@ -90,7 +91,9 @@ def exported(root: str | Path) -> list[str]:
 
 
 def readme_fresh(root: str | Path) -> list[str]:
-    """README.md is what nbs/index.ipynb says, and its links lead somewhere."""
+    """README.md is what nbs/index.ipynb says, with the lessons' own minutes; its links lead somewhere."""
+    if stale_index(root) is not None:
+        return ["nbs/index.ipynb: its table is not what the lessons' openings say; run `make readme`"]
     path = Path(root) / "README.md"
     text = path.read_text(encoding="utf-8") if path.exists() else ""
     if text != readme(root):
@@ -186,7 +189,7 @@ GATES: dict[str, Callable[[str | Path], list[str]]] = {
         small,
         unique,
         light,
-        *map(_of_texts, TEXTS),
+        *map(_of_texts, (*TEXTS, teaching)),
     )
 }
 

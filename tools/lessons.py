@@ -1,14 +1,27 @@
-"""`python -m tools.lessons`: what the lessons measure against their budget (at most 60 cells and 250 lines
-of code, at least .8 markdown cells a code cell, at most 40 % of the code exported, no private cell, lesson
-cells at most 100 wide)."""
+"""`python -m tools.lessons`: what the lessons measure against their budget, and what each still lacks of the
+shape of a lesson. The numbers are those of the best courses of this kind, with some room."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
 from pathlib import Path
 
 from .notebooks import ROOT, Notebook, cells, command, directives, notebooks
 
 WIDEST = 100
+DUE = "tools/lessons_due.txt"  # lessons still in their old form; the list may only become shorter
+OPENING = ("Before you start", "You will build", "You will be able to", "minutes to read")
+SECTIONS = ("Summary", "Questions", "Exercises", "Further reading")
+# words of our own, and the field's words for them
+WORDS = {
+    r"(?<!chest )films?": "image",
+    "learns? by heart": "overfit, memorise",
+    "borrowed eyes": "pretrained weights",
+    "step size": "learning rate",
+    "the dice": "random seed, sampling variability",
+    "chapters?": "lesson",
+}
 
 
 def budget(notebook: Notebook) -> dict:
@@ -36,36 +49,110 @@ def budget(notebook: Notebook) -> dict:
     )
 
 
+LIMITS = (
+    ("cells", lambda row: row["cells"] > 60, "{cells} cells (at most 60)"),
+    ("lines", lambda row: row["lines"] > 250, "{lines} lines of code (at most 250)"),
+    ("texts", lambda row: row["texts"] < 0.8, "{texts:.2f} markdown cells a code cell (at least .8)"),
+    ("exported", lambda row: row["exported"] > 0.4, "{exported:.0%} of its code is exported (at most 40 %)"),
+    ("private", lambda row: row["private"] > 0, "{private} private cells (#| exporti)"),
+    ("widest", lambda row: row["widest"] > WIDEST, f"a line {{widest}} wide (at most {WIDEST})"),
+)
+
+
 def over(row: dict) -> list[str]:
     """In what a lesson is over its budget, in words."""
-    limits = (
-        ("cells", row["cells"] > 60),
-        ("lines", row["lines"] > 250),
-        ("texts", row["texts"] < 0.8),
-        ("exported", row["exported"] > 0.4),
-        ("private", row["private"] > 0),
-        ("widest", row["widest"] > WIDEST),
-    )
-    return [name for name, broken in limits if broken]
+    return [name for name, broken, _ in LIMITS if broken(row)]
+
+
+def due(root: str | Path) -> set[str]:
+    """The lessons that are still to be rewritten."""
+    file = Path(root) / DUE
+    return set(file.read_text(encoding="utf-8").split()) if file.exists() else set()
+
+
+def teaching(notebook: Notebook, root: Path) -> Iterator[str]:
+    """A lesson keeps its budget and has the shape and the words of a lesson."""
+    if not notebook.lesson:
+        return
+    faults = list(_faults(notebook))
+    if notebook.name not in due(root):
+        yield from faults
+    elif not faults:
+        yield f"nbs/{notebook.name}.ipynb: it has the shape of a lesson now; take it off {DUE}"
+
+
+def _faults(notebook: Notebook) -> Iterator[str]:
+    at, row, found = f"nbs/{notebook.name}.ipynb", budget(notebook), cells(notebook.path)
+    for _, broken, said in LIMITS:
+        if broken(row):
+            yield f"{at}: {said.format(**row)}; move what does not fit into a library notebook"
+    texts = [(i, cell["source"]) for i, cell in enumerate(found, 1) if cell["cell_type"] == "markdown"]
+    code = [(i, cell) for i, cell in enumerate(found, 1) if cell["cell_type"] == "code"]
+    yield from (f"{at}{fault}" for fault in _shape([text for _, text in texts]))
+    for i, text in texts:
+        yield from (f"{at}, cell {i}: {fault}" for fault in _words(text))
+    for i, cell in code:
+        yield from (f"{at}, cell {i}: {fault}" for fault in _code(cell))
+
+
+def _shape(texts: list[str]) -> Iterator[str]:
+    opening = texts[1] if len(texts) > 1 else ""
+    for wanted in OPENING:
+        if wanted not in opening:
+            yield f": its second text cell does not say *{wanted}*"
+    everything = "\n".join(texts)
+    for section in SECTIONS:
+        if not re.search(rf"^## {section}", everything, re.M):
+            yield f": it has no section ## {section}"
+    if "<details>" not in everything.partition("\n## Questions")[2]:
+        yield ": its questions have no folded answers (<details><summary>Answer</summary> ... </details>)"
+    if "glossary.ipynb#" not in everything:
+        yield ": none of its words is linked to the glossary where it is explained first"
+
+
+def _words(text: str) -> Iterator[str]:
+    plain = re.sub(r"`[^`]*`|\]\([^)]*\)", " ", text)
+    unlinked = re.sub(r"\[[^\]]*\]\([^)]*\)", " ", text)
+    if named := re.search(r"\b[Ss]ystem [A-E]\b", unlinked):
+        to = f"../five_systems.ipynb#system-{named[0][-1].lower()}"
+        yield f"{named[0]} without a link; write [{named[0]}]({to})"
+    if named := re.search(r"\b[Ll]essons? \d+", unlinked):
+        yield f"{named[0]} is named by its number alone; link its title"
+    for own, field in WORDS.items():
+        if named := re.search(rf"\b{own}\b", plain):
+            yield f"*{named[0]}* is a word of our own; the field says: {field}"
+
+
+def _code(cell: dict) -> Iterator[str]:
+    told = directives(cell["source"])
+    if "hide" in told:
+        yield "a hidden cell; show it, or fold it with #| code-fold: true"
+    if re.search(r"\b(by_)?run_size\(", cell["source"]) and told.get("code-fold") != "true":
+        yield "the run size is asked in the open; put it into the folded cell of sizes"
+    if any("image/png" in o.get("data", {}) for o in cell["outputs"]):
+        for name in ("fig-cap", "fig-alt"):
+            if len(told.get(name, "")) < 12:
+                yield f"a figure without #| {name}; say what it shows"
 
 
 def report(root: str | Path = ROOT) -> list[dict]:
-    """One row a lesson; before the folder nbs/lessons/ is there, every notebook with a number."""
-    found = notebooks(root)
-    return [budget(n) for n in found if n.lesson] or [budget(n) for n in found if n.stem[:2].isdigit()]
+    """One row a lesson."""
+    return [budget(n) for n in notebooks(root) if n.lesson]
 
 
 def main(words: list[str]) -> int:
-    """Print the report; with --strict, 1 if a lesson (or one of those named) is over its budget."""
-    rows, names = report(), [word for word in words if not word.startswith("-")]
-    rows = [row for row in rows if not names or any(name in row["lesson"] for name in names)]
-    print(f"{'lesson':<32} cells  lines  text/code  exported  private  widest  over its budget in")
-    for row in rows:
-        numbers = "{cells:>5} {lines:>6} {texts:>10.2f} {exported:>9.0%} {private:>8} {widest:>7}".format(
-            **row
-        )
-        print(f"{row['lesson']:<32} {numbers}  {', '.join(over(row))}")
-    return int("--strict" in words and any(map(over, rows)))
+    """Print the report and, of lessons that are named, what they lack; with --strict, 1 if anything."""
+    names = [word for word in words if not word.startswith("-")]
+    wanted = [n for n in notebooks() if n.lesson and (not names or any(name in n.name for name in names))]
+    print(f"{'lesson':<32} cells  lines  text/code  exported  private  widest  faults")
+    found = 0
+    for notebook in wanted:
+        faults, row = list(_faults(notebook)), budget(notebook)
+        numbers = "{cells:>5} {lines:>6} {texts:>10.2f} {exported:>9.0%} {private:>8} {widest:>7}"
+        line = f"{notebook.name:<32} {numbers.format(**row)} {len(faults):>7}"
+        print(line, *(faults if names else ()), sep="\n    ")
+        found += len(faults)
+    return int("--strict" in words and found > 0)
 
 
 if __name__ == "__main__":

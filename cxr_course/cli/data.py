@@ -162,7 +162,7 @@ def data_augment(
     """
     refuse_existing(out)
     from cxr_course.core import atomic
-    from cxr_course.training.augmentation import write_copies
+    from cxr_course.training.copies import write_copies
     from cxr_course.training.job import start_tensorflow
     from cxr_course.training.preparing import arrange
     frame, _ = arrange(load_frame(name, classes, columns), seed)

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from .options import refuse_existing
 from .train import app          # the program, with the command that is launched
 
 # %% auto #0
@@ -39,11 +40,17 @@ def launch_command(
       cxr-course launch --address auto --workers 8 train --data /shared/chest_xray --out /shared/runs/large
     """
     from cxr_course.core import CourseError
+    from cxr_course.data.layouts import find_data
+    from cxr_course.data.registry import REGISTRY
     from cxr_course.scale import engine
     if words[0] != "train":
         raise CourseError(f"{words[0]!r} cannot be launched", None, "only 'train' can")
-    # wrong options are told now
-    typer.main.get_command(app).commands["train"].make_context("train", words[1:])
+    # wrong options, missing data and a run that exists are told now, before any process is started
+    asked = typer.main.get_command(app).commands["train"].make_context("train", words[1:]).params
+    if address is None and asked["data"] not in REGISTRY:
+        find_data(asked["data"])
+    if not asked["resume"]:
+        refuse_existing(asked["out"])
     engine.launch(words, workers, program=run_words, address=address, restarts=restarts, say=typer.echo)
 
 def run_words(

@@ -110,49 +110,22 @@ class SpaceChoice(str, Enum):
 @app.command("tune", short_help="Search for a better network within a budget.")
 def tune_command(
     data: Data = "sample",
-    method: Annotated[
-        MethodChoice,
-        typer.Option(
-            help="random: at random. hyperband: many for a short time, "
-            "the better ones longer. bayesian: where earlier trials promise most."
-        ),
-    ] = MethodChoice.bayesian,
-    trials: Annotated[
-        int,
-        typer.Option(
-            min=1, help="Networks to try; hyperband spends the same epochs on " "more and shorter trials."
-        ),
-    ] = 20,
+    method: Annotated[MethodChoice, typer.Option(help="random: at random. hyperband: many for a short time, "
+        "the better ones longer. bayesian: where earlier trials promise most.")] = MethodChoice.bayesian,
+    trials: Annotated[int, typer.Option(min=1, help="Networks to try; hyperband spends the same epochs on "
+        "more and shorter trials.")] = 20,
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the training images, at most.")] = 9,
-    minutes: Annotated[
-        float | None,
-        typer.Option(
-            min=0.1, help="No trial starts after so long; earlier " "sittings count.", show_default="no limit"
-        ),
-    ] = None,
+    minutes: Annotated[float | None, typer.Option(min=0.1, help="No trial starts after so long; earlier "
+        "sittings count.", show_default="no limit")] = None,
     out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the search goes.")] = Path("runs/search"),
-    size: Annotated[
-        str,
-        typer.Option(
-            metavar="PIXELS",
-            help="Images are cropped and resized to this: 64, or " "HEIGHTxWIDTH. As published: 180.",
-        ),
-    ] = "64",
-    space: Annotated[
-        SpaceChoice, typer.Option(help="large: 32 to 256 filters, as published; small: a quarter of them.")
-    ] = SpaceChoice.large,
-    executions: Annotated[
-        int,
-        typer.Option(
-            min=1, help="Trainings of each network with different random " "seeds; their mean counts."
-        ),
-    ] = 1,
-    folds: Annotated[
-        int | None,
-        typer.Option(
-            min=2, help="Judge on so many folds by patient instead of on " "val.", show_default="val"
-        ),
-    ] = None,
+    size: Annotated[str, typer.Option(metavar="PIXELS", help="Images are cropped and resized to this: 64, or "
+        "HEIGHTxWIDTH. As published: 180.")] = "64",
+    space: Annotated[SpaceChoice, typer.Option(help="large: 32 to 256 filters, as published; small: a "
+        "quarter of them.")] = SpaceChoice.large,
+    executions: Annotated[int, typer.Option(min=1, help="Trainings of each network with different random "
+        "seeds; their mean counts.")] = 1,
+    folds: Annotated[int | None, typer.Option(min=2, help="Judge on so many folds by patient instead of on "
+        "val.", show_default="val")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Batch size: images a step.")] = 32,
     seed: Seed = 0,
     classes: Classes = None,
@@ -160,12 +133,8 @@ def tune_command(
     skip_bad: SkipBad = False,
     unknown: Unknown = UnknownChoice.image,
     resplit: Resplit = False,
-    resume: Annotated[
-        bool,
-        typer.Option(
-            "--resume", help="Continue a search that was killed, or give it " "more trials or minutes."
-        ),
-    ] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue a search that was killed, or give it "
+        "more trials or minutes.")] = False,
 ) -> None:
     """Search for a better network, say what the search is worth, and train the winner.
 

@@ -26,7 +26,7 @@ __all__ = ['LOOK', 'empty_panels', 'label_axes', 'plain_legend', 'plot_counts', 
 LOOK = {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.grid.axis": "y",
         "axes.axisbelow": True, "grid.color": "#e4e6e8", "grid.linewidth": 0.8, "axes.edgecolor": "#8a9097",
         "xtick.color": "#4a4f55", "ytick.color": "#4a4f55", "xtick.labelsize": 8, "ytick.labelsize": 8,
-        "axes.labelsize": 9, "figure.facecolor": "white", "figure.dpi": 72}
+        "axes.labelsize": 9, "figure.facecolor": "white", "figure.dpi": 96}
 
 def empty_panels(
     rows: int = 1, # of panels

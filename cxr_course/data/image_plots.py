@@ -39,7 +39,7 @@ def show_classes(
         h, w = frame["height"].iloc[i], frame["width"].iloc[i]
         titles.append(c.replace("_", " ") + (f"\n{h} x {w}" if pd.notna(h) else ""))
     return show_images([(read or quick_read)(frame["path"].iloc[i]) for _, i in chosen], titles, cols=each,
-                       height=1.3)
+                       height=1.8)
 
 # %% ../../nbs/library/data/image_plots.ipynb #033ecf58
 def _coloured(frame: pd.DataFrame, by: str) -> tuple[pd.Series, dict[str, str]]:

@@ -8,14 +8,13 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from datetime import datetime, timezone
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 
-from ..core import CourseError, atomic
+from ..core import atomic
 from ..data.store import ImageStore
+from .foreign import foreign_card, is_foreign, read_foreign_card
 from ..models.cnn import probabilities
 from ..models.weights import load_model
 from ..training.reference import reference_stats
@@ -51,7 +50,8 @@ class Bundle:
     def __call__(self,
         images: np.ndarray, # (n, h, w) in [0, 1]
     ) -> np.ndarray: # (n, classes) probabilities
-        return probabilities(np.asarray(self.model(images[..., None], training=False)), self.findings)
+        logits = np.asarray(self.model(images[..., None], training=False))
+        return probabilities(logits, self.findings)
 
 # %% ../../nbs/lessons/18_prediction.ipynb #2c660e23
 def load_bundle(
@@ -59,24 +59,11 @@ def load_bundle(
 ) -> Bundle:
     "Open a finished run, or what `bundle_of` saved, for use."
     folder = Path(folder)
-    if (folder / "card.json").is_file() and not (folder / "history.csv").exists():
-        card = _foreign_card(folder)
+    if is_foreign(folder):
+        card = read_foreign_card(folder)
         return Bundle(folder, load_model(folder / "model.keras"), card)
     run = load_run(folder)
     return Bundle(folder, run.model, run.card)
-
-# %% ../../nbs/lessons/18_prediction.ipynb #044be7aa
-def _foreign_card(folder: Path) -> dict:
-    "The card of a model that was trained elsewhere."
-    try:
-        card = json.loads((folder / "card.json").read_text(encoding="utf-8"))
-    except (ValueError, OSError) as e:
-        raise CourseError(f"the card cannot be read ({e})", folder / "card.json",
-                          "copy the bundle again") from e
-    if not isinstance(card, dict) or card.get("format") != 2 or not card.get("elsewhere"):
-        raise CourseError("this is no finished run", folder,
-                          "it is neither complete nor made by bundle_of: copy the folder again")
-    return card
 
 # %% ../../nbs/lessons/18_prediction.ipynb #970d7990
 def bundle_of(
@@ -85,21 +72,12 @@ def bundle_of(
     folder: str | Path, # where the bundle goes; never overwritten
     *,
     findings: bool = False, # whether the labels are findings, each with a probability of its own
-    # of two classes a number, of findings one for each; None: the largest probability, or .5 for two classes
-    # and findings
-    threshold: float | Mapping[str, float] | None = None,
+    threshold: float | Mapping[str, float] | None = None, # one a finding; None: .5, or the largest of several
     seen: ImageStore | None = None, # images it was trained on, in split `train`
     fit: str = "crop to aspect, then resize", # how images were brought to its size, in words
 ) -> Bundle: # also saved: `load_bundle` opens it
     "A bundle of a model from elsewhere."
-    labels, (_, h, w, channels), outputs = list(labels), model.input_shape, model.output_shape[-1]
-    if channels != 1 or None in (h, w):
-        raise CourseError("the model does not keep the course's contract",
-                          f"it takes {model.input_shape[1:]}", "put it behind the contract with wrap")
-    if len(labels) != outputs and not (outputs == 1 and len(labels) == 2 and not findings):
-        raise CourseError(f"the model has {outputs} outputs for {len(labels)} labels", ", ".join(labels),
-                          "name each output once, in the model's order")
-    card = _foreign(model, labels, findings=findings, threshold=threshold, fit=fit)
+    card = foreign_card(model, list(labels), findings=findings, threshold=threshold, fit=fit)
     if seen is not None:
         card["seen"] = reference_stats(seen)
     with atomic(folder, overwrite=False) as part:
@@ -107,32 +85,3 @@ def bundle_of(
         model.save(part / "model.keras")
         (part / "card.json").write_text(json.dumps(card, indent=1), encoding="utf-8")
     return load_bundle(folder)
-
-# %% ../../nbs/lessons/18_prediction.ipynb #b0e56bc4
-def _foreign_threshold(labels: list[str], findings: bool, threshold):
-    "The threshold as cards keep it, and the rule it came from."
-    rule = "given by hand" if threshold is not None else "none was chosen: .5"
-    if findings:
-        given = (
-            threshold
-            if isinstance(threshold, Mapping)
-            else dict.fromkeys(labels, 0.5 if threshold is None else threshold)
-        )
-        return {c: given.get(c) for c in labels}, rule
-    if threshold is None:
-        return (.5, rule) if len(labels) == 2 else (None, "the largest probability")
-    if len(labels) != 2:
-        raise CourseError(f"a threshold for {len(labels)} classes", ", ".join(labels),
-                          "leave it out: the largest probability decides")
-    return float(threshold), rule
-
-# %% ../../nbs/lessons/18_prediction.ipynb #c32fa458
-def _foreign(model, labels: list[str], *, findings: bool, threshold, fit: str) -> dict:
-    "The card of a model of which little is known."
-    cut, rule = _foreign_threshold(labels, findings, threshold)
-    return dict(format=2, elsewhere=True, date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-                interrupted=False, model=dict(name=model.name, spec=None, parameters=model.count_params(),
-                                              outputs=model.output_shape[-1]), labels=labels, kind="findings"
-                if findings else "classes", threshold=cut, threshold_rule=rule,
-                preprocessing=dict(shape=list(model.input_shape[1:3]), fit=fit, values="0 to 1, bones white"),
-                metrics={}, versions=dict(keras=version("keras"), tensorflow=version("tensorflow")))

@@ -68,9 +68,9 @@ def plot_calibration(
         ).fillna(0)
         ax.errorbar(r["said"], r["value"], [down, up], fmt=mark + "-", ms=4, lw=1, elinewidth=0.8, capsize=2,
                     color=colour, label=name)
-        ax.set_ylabel(f"so: share with {what}")
+        ax.set_ylabel(f"observed share with {what}")
     ax.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.01), aspect="equal",
-           xlabel="said: mean probability of the group", title="Reliability")
+           xlabel="mean predicted probability", title="Reliability")
     ax.legend(fontsize=8, frameon=False, loc="upper left")
     return ax.figure
 

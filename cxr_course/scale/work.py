@@ -6,20 +6,17 @@
 from __future__ import annotations
 
 import contextlib
-import json
-from collections import deque
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 
-from ..core import CourseError, atomic
-from ..data.building import build_store, decode_shard
-from .engine import import_ray, ray_session
+from ..core import CourseError
+from ..data.building import build_store
+from .decode import remote_decode
+from .engine import ray_session
 
 # %% auto #0
-__all__ = ['amdahl', 'devices', 'distributed_decode', 'distributed_search']
+__all__ = ['amdahl', 'devices', 'distributed_decode']
 
 # %% ../../nbs/lessons/19_scale.ipynb #ca7f0af0
 def amdahl(
@@ -46,24 +43,6 @@ def devices(
                           "call devices() before anything else uses TensorFlow, or start Python anew")
     return tf.distribute.MirroredStrategy(found[:n])
 
-# %% ../../nbs/lessons/19_scale.ipynb #ray00019
-def _remote_decode(ray, workers: int) -> Callable:
-    "What `build_store` takes as `decode`: workers decode the shards, a bounded number at a time."
-    task = ray.remote(num_cpus=1, max_retries=3)(decode_shard)
-    def decode(shards: list[list[str]], shape: tuple[int, int]) -> Iterator[tuple]:
-        waiting: deque = deque()
-        for paths in shards:
-            waiting.append(task.remote(paths, shape, 1))
-            if len(waiting) >= 2 * workers: yield _given(ray, waiting.popleft())
-        while waiting: yield _given(ray, waiting.popleft())
-    return decode
-
-def _given(ray, answer):
-    try: return ray.get(answer)
-    except ray.exceptions.WorkerCrashedError as e:
-        raise CourseError("a decoding process was killed four times, perhaps because memory was short", None,
-                          "run it again with fewer workers: finished shards are not decoded twice") from e
-
 # %% ../../nbs/lessons/19_scale.ipynb #41cf78ee
 def distributed_decode(
     frame: pd.DataFrame, # a frame of images
@@ -76,62 +55,4 @@ def distributed_decode(
 ): # the store, byte for byte the one of `build_store`
     "Decode images with several processes or hosts; what a killed run had done is not done again."
     with ray_session(workers, address) as ray:
-        return build_store(frame, shape, folder, skip_bad, decode=_remote_decode(ray, workers))
-
-# %% ../../nbs/lessons/19_scale.ipynb #ray00020
-def _same_search(folder: Path, trials: list[dict]) -> None:
-    "The first start writes the list of trials down; another list is refused."
-    file, text = folder / "trials.json", json.dumps(trials)
-    if not trials: raise CourseError("a search without trials", folder, "give at least one")
-    if not file.exists():
-        with atomic(file) as part: part.write_text(text)
-    if file.read_text() != text:
-        raise CourseError("this folder holds a search with other trials", folder,
-                          "use the same list of trials, or another folder")
-
-def _trial(objective: Callable, trials: list[dict]) -> Callable:
-    "The function that Ray Tune calls for each trial."
-    def trial(config: dict) -> None:
-        from ray import tune
-        try: score, reason = float(objective(trials[config["trial"]])), ""
-        except Exception as e: score, reason = float("nan"), f"{type(e).__name__}: {e}".split("\n")[0]
-        if not (np.isfinite(score) or reason): reason = "the score is no number"
-        tune.report(dict(score=score, reason=reason))
-    return trial
-
-def _row(trials: list[dict], result) -> dict:
-    "What came of a trial."
-    i, told = result.config["trial"], result.metrics or {}
-    reason = "its process died" if result.error else told.get("reason", "no time was left")
-    status, score = "failed" if reason else "done", told.get("score", np.nan)
-    return dict(trial=i, **trials[i], score=score, status=status, reason=reason)
-
-# %% ../../nbs/lessons/19_scale.ipynb #ray00021
-def distributed_search(
-    objective: Callable[[dict], float], # from a trial's values to its score on validation; more is better
-    trials: list[dict], # the values of each
-    folder: str | Path, # of the search, on a disk that all workers see; a killed search goes on
-    workers: int = 2, # trials at a time
-    *,
-    address: str | None = None, # of a running cluster; default: this machine
-    minutes: float | None = None, # time for all; default: until every trial has an answer
-) -> pd.DataFrame: # one row a trial: trial, the values, score, status, reason
-    "Give every trial an answer, several at a time; failed trials are recorded and passed over."
-    folder = Path(folder).resolve()
-    _same_search(folder, trials)
-    with ray_session(workers, address):
-        _, tune = import_ray("ray.tune")
-        trial = tune.with_resources(_trial(objective, trials), {"cpu": 1})
-        if tune.Tuner.can_restore(str(folder / "ray")):
-            tuner = tune.Tuner.restore(str(folder / "ray"), trial)
-        else:
-            numbers = {"trial": tune.grid_search(list(range(len(trials))))}
-            limits = tune.TuneConfig(max_concurrent_trials=workers, time_budget_s=minutes and 60 * minutes)
-            once_more = tune.FailureConfig(max_failures=1)    # after a death: `_trial` reports all else
-            kept = tune.RunConfig(name="ray", storage_path=str(folder), verbose=0, failure_config=once_more)
-            tuner = tune.Tuner(trial, param_space=numbers, tune_config=limits, run_config=kept)
-        found = pd.DataFrame([_row(trials, result) for result in tuner.fit()])
-    if (found["status"] == "failed").all():
-        raise CourseError(f"all {len(found)} trials failed", folder,
-                          f"see to the cause first: {found['reason'].mode()[0]}")
-    return found.sort_values("trial", ignore_index=True)
+        return build_store(frame, shape, folder, skip_bad, decode=remote_decode(ray, workers))

@@ -146,9 +146,10 @@ def metrics_by_place(
     "What one way of training is worth in every place, with intervals, as text."
     areas, rows = intervention_effects(trial).set_index("place"), {}
     for place, there in trial.groupby("place", sort=False):
-        point = operating_points(there["truth"], there["score"] - there["cut"], [0.], there["key"]).iloc[0]
+        above = there["score"] - there["cut"]
+        point = operating_points(there["truth"], above, [0.], there["key"]).iloc[0]
         rows[place] = {"AUC": _told(*areas.loc[place, ["value", "low", "high"]]),
-                       **{name: _told(*point[name][:3]) for name in ("sensitivity", "specificity", "ppv")}}
+                       **{what: _told(*point[what][:3]) for what in ("sensitivity", "specificity", "ppv")}}
     return pd.DataFrame(rows).T.rename_axis("place")
 
 # %% ../../nbs/library/shift/trials.ipynb #7639da5f

@@ -87,7 +87,13 @@ def summarise_runs(
 
 # %% ../../nbs/library/training/results.ipynb #b9b7ddab
 def _mean_and_range(values: pd.Series) -> str:
-    return f"{values.mean():.3f} ({values.min():.3f} to {values.max():.3f})"
+    "Mean and range over seeds; one seed has no range, and what was not measured has no value."
+    known = values.dropna()
+    if known.empty:
+        return "not measured"
+    if len(known) == 1:
+        return f"{known.iloc[0]:.3f} (one seed)"
+    return f"{known.mean():.3f} ({known.min():.3f} to {known.max():.3f})"
 
 # %% ../../nbs/library/training/results.ipynb #6bdb2131
 def paired_differences(
@@ -149,6 +155,7 @@ def plot_differences(
     names = [f"{g.experiment}: {g.change} (after {g.parent})" for g in gains.itertuples()]
     ax.set_yticks(range(len(gains)), names)
     ax.set_xlabel("gain in AUC on the test images, 95 % interval over patients and seeds")
+    ax.locator_params(axis="x", nbins=6)
     ax.set_ylim(len(gains) - .5, -.5)
     ax.spines[["top", "right"]].set_visible(False)
     plt.close(fig)
