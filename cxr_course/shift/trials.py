@@ -142,7 +142,7 @@ def _told(value: float, low: float, high: float, form: str = "{:.3f}") -> str:
 
 def metrics_by_place(
     trial: pd.DataFrame, # from `shortcut_trial`, one arm
-) -> pd.DataFrame: # a row a place: AUC, sensitivity, specificity, ppv at the threshold frozen where it learned
+) -> pd.DataFrame: # a row a place: AUC, and sensitivity, specificity, ppv at the frozen threshold
     "What one way of training is worth in every place, with intervals, as text."
     areas, rows = intervention_effects(trial).set_index("place"), {}
     for place, there in trial.groupby("place", sort=False):
