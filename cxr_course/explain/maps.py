@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 import tensorflow as tf
+from scipy import ndimage
 
 from ..core import CourseError
 from cxr_course.explain.cam import (
@@ -19,7 +20,7 @@ from .targets import predicted_class, target_for
 from ..show import ImageSheet, show_images
 
 # %% auto #0
-__all__ = ['CAM_METHODS', 'model_input', 'explain', 'is_empty', 'overlay_map', 'show_explanations']
+__all__ = ['CAM_METHODS', 'model_input', 'explain', 'is_empty', 'overlay_map', 'show_explanations', 'smooth_for_display']
 
 # %% ../../nbs/library/explain/maps.ipynb #3703b941
 CAM_METHODS = {  # name: function of (model, images, target) that gives signed maps (n, h', w')
@@ -147,3 +148,14 @@ def show_explanations(
                                     pad=0.01, ticks=[0, 1])
         bar.ax.set_yticklabels(["0", "most"], fontsize=7)
     return sheet
+
+# %% ../../nbs/library/explain/maps.ipynb #83fa95ed
+def smooth_for_display(
+    heat: np.ndarray, # (h, w) in [0, 1], a map of single pixels
+    width: float = 1.2, # of the smoothing, pixels
+    top: float = .995, # share of the places that keep different colours; the strongest ones share one
+) -> np.ndarray: # (h, w) in [0, 1]
+    "A map of single pixels, smoothed so that it can be seen in a picture. Scores take it as it is."
+    smooth = ndimage.gaussian_filter(heat, width)
+    most = np.quantile(smooth, top)
+    return (smooth / most).clip(0, 1) if most > 0 else smooth

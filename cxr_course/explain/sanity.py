@@ -17,9 +17,11 @@ from ..core import rng
 from .cam import saliency
 from .maps import asked_target, explain, network_of
 from ..models.cnn import classifier_head, feature_extractor
+from ..show import PALETTE
 
 # %% auto #0
-__all__ = ['guided_relu', 'guided_backpropagation', 'cascading_randomization', 'rank_agreement', 'sanity_check']
+__all__ = ['guided_relu', 'guided_backpropagation', 'cascading_randomization', 'rank_agreement', 'sanity_check',
+           'plot_sanity_check']
 
 # %% ../../nbs/library/explain/sanity.ipynb #1ae016dc
 @tf.custom_gradient
@@ -111,3 +113,19 @@ def sanity_check(
         rows[layer] = {name: float(rank_agreement(intact[name], explain(twin, images, target, m)).mean())
                        for name, m in methods.items()}
     return pd.DataFrame(rows).T.rename_axis(index="forgotten down to")
+
+# %% ../../nbs/library/explain/sanity.ipynb #15bab11f
+def plot_sanity_check(
+    tested: pd.DataFrame, # from `sanity_check`
+): # a matplotlib Figure
+    "Agreement with the intact network's map, a line for each method, layer by layer."
+    import matplotlib.pyplot as plt
+    fig, ax = plt.subplots(figsize=(7, 3.2), layout="constrained")
+    for name, colour in zip(tested, PALETTE):
+        ax.plot(tested.index, tested[name], "o-", color=colour, label=name)
+    ax.axhline(0, color="0.7", lw=1)
+    ax.set(xlabel="layers shuffled, from the logits down to this one", ylim=(-.75, 1.05))
+    ax.set_ylabel("agreement with the\nmap of the intact network")
+    ax.legend(frameon=False)
+    plt.close(fig)
+    return fig

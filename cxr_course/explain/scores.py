@@ -16,10 +16,12 @@ from ..core import rng
 from ..data.resize import crop_resize
 from ..evaluation.subgroup_plots import plot_forest
 from .maps import asked_target, is_empty, model_input, network_of
+from ..show import PALETTE
 from ..stats.bootstrap import bootstrap_ci, bootstrap_counts
 
 # %% auto #0
-__all__ = ['pointing_game', 'energy_inside', 'baseline_maps', 'score_maps', 'plot_map_scores', 'box_masks', 'deletion_insertion']
+__all__ = ['pointing_game', 'energy_inside', 'baseline_maps', 'score_maps', 'plot_map_scores', 'box_masks', 'deletion_insertion',
+           'plot_deletion_insertion']
 
 # %% ../../nbs/library/explain/scores.ipynb #b32de714
 def pointing_game(
@@ -138,3 +140,21 @@ def deletion_insertion(
                                for i in range(0, len(images), batch)])
     shares = np.linspace(0, 1, steps + 1)
     return tuple(np.stack([after(a, b, s) for s in shares], 1) for a, b in ((sharp, gone), (gone, sharp)))
+
+# %% ../../nbs/library/explain/scores.ipynb #ec06ac15
+def plot_deletion_insertion(
+    curves: Mapping[str, tuple[np.ndarray, np.ndarray]], # name: from `deletion_insertion`
+    what: str, # what the target is, for the y axis
+): # a matplotlib Figure
+    "Mean curves of deletion and insertion, a line for each order of the pixels."
+    import matplotlib.pyplot as plt
+    fig, axes = plt.subplots(1, 2, figsize=(8.6, 3.2), sharey=True, layout="constrained")
+    for ax, which, title in zip(axes, (0, 1), ("deletion", "insertion")):
+        for (name, pair), colour in zip(curves.items(), PALETTE):
+            mean = pair[which].mean(axis=0)
+            ax.plot(np.linspace(0, 1, len(mean)), mean, color=colour, label=name)
+        ax.set(title=title, xlabel="share of the pixels, strongest first", ylim=(0, 1.02))
+    axes[0].set_ylabel(what)
+    axes[1].legend(frameon=False)
+    plt.close(fig)
+    return fig

@@ -13,7 +13,7 @@ import pandas as pd
 
 from ..core import CourseError, rng
 from ..data.store import ImageStore
-from ..evaluation.metrics import binary_metrics
+from ..evaluation.metrics import binary_metrics, operating_points
 from ..evaluation.predictions import binary_tasks
 from ..frame import Task, groups
 from ..models.cnn import CNNSpec, build_cnn
@@ -24,7 +24,8 @@ from ..training.fit import fit
 from ..training.scores import predict_split
 
 # %% auto #0
-__all__ = ['metrics_per_split', 'shortcut_trial', 'intervention_effects', 'plot_intervention_effects']
+__all__ = ['metrics_per_split', 'shortcut_trial', 'intervention_effects', 'plot_intervention_effects', 'metrics_by_place',
+           'gain_table']
 
 # %% ../../nbs/library/shift/trials.ipynb #535efea6
 def metrics_per_split(
@@ -131,3 +132,32 @@ def plot_intervention_effects(
     ax.legend(frameon=False, ncols=len(places), loc="lower left", bbox_to_anchor=(0, 1), fontsize=8)
     plt.close(fig)
     return fig
+
+# %% ../../nbs/library/shift/trials.ipynb #c0b568cc
+def _told(value: float, low: float, high: float, form: str = "{:.3f}") -> str:
+    "A value with its interval, or alone where nothing varied."
+    if not low < high:
+        return form.format(value)
+    return f"{form.format(value)} ({form.format(low)} to {form.format(high)})"
+
+def metrics_by_place(
+    trial: pd.DataFrame, # from `shortcut_trial`, one arm
+) -> pd.DataFrame: # a row a place: AUC, and sensitivity, specificity, ppv at the frozen threshold
+    "What one way of training is worth in every place, with intervals, as text."
+    areas, rows = intervention_effects(trial).set_index("place"), {}
+    for place, there in trial.groupby("place", sort=False):
+        above = there["score"] - there["cut"]
+        point = operating_points(there["truth"], above, [0.], there["key"]).iloc[0]
+        rows[place] = {"AUC": _told(*areas.loc[place, ["value", "low", "high"]]),
+                       **{what: _told(*point[what][:3]) for what in ("sensitivity", "specificity", "ppv")}}
+    return pd.DataFrame(rows).T.rename_axis("place")
+
+# %% ../../nbs/library/shift/trials.ipynb #7639da5f
+def gain_table(
+    effects: pd.DataFrame, # from `intervention_effects`
+) -> pd.DataFrame: # a row an arm, a column a place: gain in AUC with its interval, as text
+    "What every arm gained against the first, place by place."
+    rows = {}
+    for r in effects[effects["gain"].notna()].itertuples():
+        rows.setdefault(r.arm, {})[r.place] = _told(r.gain, r.gain_low, r.gain_high, "{:+.3f}")
+    return pd.DataFrame(rows).T.rename_axis("arm")
