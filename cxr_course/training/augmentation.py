@@ -100,7 +100,7 @@ def metrics_over_seeds(
     values: pd.Series | np.ndarray, # one value a random seed
     level: float = .95, # of the interval
 ) -> tuple[float, float, float]: # mean, from, to
-    "Mean over random seeds with the interval of Student's t: what another seed would do on average."
+    "Mean over random seeds with the interval of Student's t for the mean over all seeds."
     from scipy import stats
     v = np.asarray(values, float)
     if len(v) < 2:
