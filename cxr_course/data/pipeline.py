@@ -106,7 +106,7 @@ class Normalizer:
     def __call__(self, x: np.ndarray) -> np.ndarray:
         "Normalise images (b, h, w, 1)."
         self._ready()
-        if self.kind == "film":
+        if self.kind == "image":
             return ((x - x.mean((1, 2, 3),
                                 keepdims=True)) / np.sqrt(x.var((1, 2, 3),
                                                                 keepdims=True) + 1e-6)).astype(np.float32)
@@ -116,6 +116,6 @@ class Normalizer:
         "The same as a Keras layer, so that it travels inside the saved model."
         import keras
         self._ready()
-        if self.kind == "film":
+        if self.kind == "image":
             return keras.layers.LayerNormalization(axis=(1, 2, 3), center=False, scale=False, epsilon=1e-6)
         return keras.layers.Rescaling(1 / self.std, -self.mean / self.std)
