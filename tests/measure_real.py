@@ -208,7 +208,7 @@ def simulated(recipe: str, shape: tuple[int, int]):
     if recipe.endswith("strong augmentation"):
         augment = Augmentation(turn=8, shift=.1, zoom=.2, contrast=.5, brightness=.2)
         plain = build_cnn(replace(CNN_SPECS["separable"], rescale=None), (*shape, 1))
-        look = keras.Sequential([keras.Input((*shape, 1)), Normalizer("film").layer(),
+        look = keras.Sequential([keras.Input((*shape, 1)), Normalizer("image").layer(),
                                  *feature_extractor(plain).layers], name="features")
         model = keras.Sequential([keras.Input((*shape, 1)), look, classifier_head(plain)], name="compact")
     run = cache_dir("phantom_only") / f"{recipe.replace(' ', '-').replace(',', '')}-{shape[0]}"

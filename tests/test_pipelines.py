@@ -256,10 +256,10 @@ def test_normalizer_numbers(films):
     assert np.isclose(n.mean, x.mean(dtype=float),
                       atol=1e-6) and np.isclose(n.std, x.std(dtype=float), atol=1e-6)
     assert np.allclose(n(x).mean(), 0, atol=1e-4) and np.allclose(n(x).std(), 1, atol=1e-4)
-    f = Normalizer("film")(x)
+    f = Normalizer("image")(x)
     assert np.allclose(f.mean((1, 2, 3)), 0,
                        atol=1e-4) and np.allclose(f.std((1, 2, 3)), 1, atol=1e-3) and f.dtype == np.float32
-    assert np.isfinite(Normalizer("film")(np.zeros((2, 4, 4, 1), np.float32))).all()
+    assert np.isfinite(Normalizer("image")(np.zeros((2, 4, 4, 1), np.float32))).all()
     for split in ("val", "test", None):
         with pytest.raises(CourseError, match="never fitted"): Normalizer("train").fit(s, split)
     with pytest.raises(CourseError, match="learns nothing"): Normalizer("fixed").fit(s)
@@ -335,7 +335,7 @@ def test_leakage_is_looked_for_once_a_frame(films, monkeypatch):
 
 def test_stream_repeats_and_normalises(films):
     s = build_store(films, (12, 10))
-    n = Normalizer("film")
+    n = Normalizer("image")
     x = np.concatenate([x for x, _ in to_dataset(s, "val", batch=3, normalise=n)])
     assert np.allclose(x, n(s.array("val")), atol=1e-6)
     orders = [[y.numpy().tolist() for _, y in d] for d in [to_dataset(s, "train", shuffle=5),

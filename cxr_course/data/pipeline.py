@@ -73,7 +73,7 @@ class Normalizer:
         mean: float = .5, # subtracted ('fixed')
         std: float = .25, # divided by ('fixed')
     ):
-        if kind not in ("fixed", "film", "train"):
+        if kind not in ("fixed", "image", "train"):
             raise CourseError(f"unknown normalisation {kind!r}", None, "use 'fixed', 'image' or 'train'")
         self.kind, self.mean, self.std = (kind, None,
                                           None) if kind == "train" else (kind, float(mean), float(std))

@@ -66,20 +66,20 @@ def draw_confusion_matrix(
     import matplotlib.pyplot as plt
     fig, ax = plt.subplots(figsize=(7.6, 3.6), layout="constrained")
     good, bad = PALETTE[0], PALETTE[3]
-    _box(ax, 0, 0, tp, "true positives", good)
-    _box(ax, 1.95, 0, fn, "false negatives (missed)", bad)
-    _box(ax, 0, .96, fp, "false positives (false alarms)", bad)
-    _box(ax, 1.95, .96, tn, "true negatives", good)
-    for x, word in ((.95, f"called {finding}"), (2.9, "called normal")):
+    _box(ax, 0, 0, tn, "true negatives", good)
+    _box(ax, 1.95, 0, fp, "false positives (false alarms)", bad)
+    _box(ax, 0, .96, fn, "false negatives (missed)", bad)
+    _box(ax, 1.95, .96, tp, "true positives", good)
+    for x, word in ((.95, "called normal"), (2.9, f"called {finding}")):
         ax.text(x, -.16, word, ha="center", fontsize=10, weight="bold")
-    for y, word in ((.46, f"truth\n{finding}"), (1.42, "truth\nnormal")):
+    for y, word in ((.46, "truth\nnormal"), (1.42, f"truth\n{finding}")):
         ax.text(-.12, y, word, ha="right", va="center", fontsize=10, weight="bold")
     share = lambda part, whole: f"{part:,} / {part + whole:,} = {part / max(part + whole, 1):.1%}"
-    ax.text(4.0, .46, f"sensitivity (recall)\n{share(tp, fn)}", va="center", fontsize=10)
-    ax.text(4.0, 1.42, f"specificity\n{share(tn, fp)}", va="center", fontsize=10)
-    ax.text(.95, 2.2, f"positive predictive value\n(precision)\n{share(tp, fp)}", ha="center", va="center",
+    ax.text(4.0, .46, f"specificity\n{share(tn, fp)}", va="center", fontsize=10)
+    ax.text(4.0, 1.42, f"sensitivity (recall)\n{share(tp, fn)}", va="center", fontsize=10)
+    ax.text(.95, 2.2, f"negative predictive value\n\n{share(tn, fn)}", ha="center", va="center", fontsize=10)
+    ax.text(2.9, 2.2, f"positive predictive value\n(precision)\n{share(tp, fp)}", ha="center", va="center",
             fontsize=10)
-    ax.text(2.9, 2.2, f"negative predictive value\n\n{share(tn, fn)}", ha="center", va="center", fontsize=10)
     ax.set(xlim=(-1.15, 5.6), ylim=(2.6, -.35))
     ax.axis("off")
     plt.close(fig)

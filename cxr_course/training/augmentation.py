@@ -30,10 +30,12 @@ def affine_matrix(
         ops.convert_to_tensor(mirror, "float32"),
     )
     cos, sin, cx, cy = ops.cos(a) / z, ops.sin(a) / z, (w - 1) / 2, (h - 1) / 2
-    x, y = cx + ops.convert_to_tensor(right, "float32") * w, cy + ops.convert_to_tensor(down, "float32") * h
-    rows = [m * cos, -m * sin, cx - m * (cos * x - sin * y), sin, cos, cy - sin * x - cos * y]
-    # of the right shape, whichever argument was an array
-    nothing = 0 * (cos + x + y + m)
+    # Keras counts pixels from the corner: subtract the shifted middle, turn, add the middle
+    to_x = cx + ops.convert_to_tensor(right, "float32") * w
+    to_y = cy + ops.convert_to_tensor(down, "float32") * h
+    rows = [m * cos, -m * sin, cx - m * (cos * to_x - sin * to_y),
+            sin, cos, cy - sin * to_x - cos * to_y]
+    nothing = 0 * (cos + to_x + to_y + m)    # of the right shape, whichever argument was an array
     return ops.stack([*(r + nothing for r in rows), nothing, nothing], axis=-1)
 
 # %% ../../nbs/lessons/09_augmentation.ipynb #9b04f67f
@@ -47,7 +49,7 @@ class Augmentation(keras.layers.Layer):
         contrast: float = .2, # stretched or flattened by at most this share
         brightness: float = .08, # lifted or lowered by at most this much
         mirror: bool = False, # half of the images as mirror images: wrong for a chest, see below
-        seed: int = 0, # of the numbers drawn; `fit` seeds them anew for every epoch
+        seed: int = 0, # of the numbers drawn; the course's own `fit` seeds them anew for every epoch
         **kwargs, # name and the like, for Keras
     ):
         super().__init__(**kwargs)
@@ -98,7 +100,7 @@ def metrics_over_seeds(
     values: pd.Series | np.ndarray, # one value a random seed
     level: float = .95, # of the interval
 ) -> tuple[float, float, float]: # mean, from, to
-    "Mean over random seeds with the interval of Student's t: what another seed would do on average."
+    "Mean over random seeds with the interval of Student's t for the mean over all seeds."
     from scipy import stats
     v = np.asarray(values, float)
     if len(v) < 2:
