@@ -23,9 +23,10 @@ os.environ["CXR_COURSE_SIZE"] = "tiny"
 
 # `make test` runs two workers. Each keeps to its share of the cores,
 # so that two TensorFlows do not fight over all of them.
-if (worker := os.environ.get("PYTEST_XDIST_WORKER")) and hasattr(os, "sched_setaffinity"):
-    cores, workers = sorted(os.sched_getaffinity(0)), int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
-    os.sched_setaffinity(0, cores[int(worker[2:]) % len(cores) :: workers] or cores)
+worker = os.environ.get("PYTEST_XDIST_WORKER")
+if hasattr(os, "sched_setaffinity"):
+    cores, workers = sorted(os.sched_getaffinity(0)), int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
+    share = (cores[int(worker[2:]) % len(cores) :: workers] or cores) if worker else cores
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -34,6 +35,16 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.path.name != "test_notebooks.py":
             item.add_marker(pytest.mark.xdist_group(item.path.stem))
+        elif "scale" in item.name:                       # they start Ray: never two of them at once
+            item.add_marker(pytest.mark.xdist_group("scaling"))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    "A test keeps to its worker's share of the cores; what starts several processes itself may use all."
+    if hasattr(os, "sched_setaffinity"):
+        groups = {mark.args[0] for mark in item.iter_markers("xdist_group")}
+        os.sched_setaffinity(0, cores if "scaling" in groups else share)
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -319,16 +319,6 @@ def test_the_budget_of_a_lesson(in_order):
     assert over(many) == list(many)
 
 
-def test_lessons_that_are_due_pass_and_are_taken_off_when_done(in_order, tmp_path):
-    folder = shutil.copytree(in_order, tmp_path / "small", symlinks=True)
-    (folder / "tools").mkdir()
-    (folder / "tools/lessons_due.txt").write_text("lessons/07_count\n")
-    assert "take it off" in GATES["teaching"](folder)[0]
-    text = (folder / LESSON).read_text()
-    (folder / LESSON).write_text(text.replace("## Summary", "## Sum"))
-    assert GATES["teaching"](folder) == []
-
-
 def test_measures(in_order):
     row = measure("halve", sources(None, in_order)["cxr_course/models/halve.py"])
     assert (row["names"], row["functions"], row["longest"], row["parameters"]) == (1, 1, 3, 1)

@@ -10,7 +10,6 @@ from pathlib import Path
 from .notebooks import ROOT, Notebook, cells, command, directives, notebooks
 
 WIDEST = 100
-DUE = "tools/lessons_due.txt"  # lessons still in their old form; the list may only become shorter
 OPENING = ("Before you start", "You will build", "You will be able to", "minutes to read")
 SECTIONS = ("Summary", "Questions", "Exercises", "Further reading")
 # words of our own, and the field's words for them
@@ -64,21 +63,10 @@ def over(row: dict) -> list[str]:
     return [name for name, broken, _ in LIMITS if broken(row)]
 
 
-def due(root: str | Path) -> set[str]:
-    """The lessons that are still to be rewritten."""
-    file = Path(root) / DUE
-    return set(file.read_text(encoding="utf-8").split()) if file.exists() else set()
-
-
 def teaching(notebook: Notebook, root: Path) -> Iterator[str]:
     """A lesson keeps its budget and has the shape and the words of a lesson."""
-    if not notebook.lesson:
-        return
-    faults = list(_faults(notebook))
-    if notebook.name not in due(root):
-        yield from faults
-    elif not faults:
-        yield f"nbs/{notebook.name}.ipynb: it has the shape of a lesson now; take it off {DUE}"
+    if notebook.lesson:
+        yield from _faults(notebook)
 
 
 def _faults(notebook: Notebook) -> Iterator[str]:

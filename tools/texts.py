@@ -96,25 +96,13 @@ def speaks(source: str) -> bool:
     return last is not None and not (isinstance(last, ast.Constant) and last.value in (None, Ellipsis))
 
 
-DUE = "tools/outputs_due.txt"  # notebooks whose results wait for a long run; the list may only become shorter
-
-
-def outputs_due(root: Path) -> set[str]:
-    """The notebooks whose results are still to be stored."""
-    file = root / DUE
-    return set(file.read_text(encoding="utf-8").split()) if file.exists() else set()
-
-
 def run_before_saving(notebook: Notebook, root: Path) -> Iterator[str]:
     """Every cell that shows something has its result stored, and none is an error or a warning."""
     at, remedy = notebook.path.relative_to(root), f"run `make outputs ONLY={notebook.name}`"
     code = [(i, cell) for i, cell in enumerate(cells(notebook.path), 1) if cell["cell_type"] == "code"]
     silent = [i for i, cell in code if speaks(cell["source"]) and not cell["outputs"]]
-    due = str(at) in outputs_due(root)
-    if silent and not due:
+    if silent:
         yield f"{at}, cell {silent[0]}: its result is not stored ({len(silent)} such cells); {remedy}"
-    if due and not silent:
-        yield f"{at}: all its results are stored; take it off {DUE}"
     if broken := [i for i, cell in code if any(o["output_type"] == "error" for o in cell["outputs"])]:
         yield f"{at}, cell {broken[0]}: an error is stored as its result; mend it and {remedy}"
     if noisy := [i for i, cell in code if any(o.get("name") == "stderr" for o in cell["outputs"])]:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from pathlib import Path
 
 import pandas as pd
@@ -32,6 +33,7 @@ def devices(
 ): # a tf.distribute.MirroredStrategy for `fit(strategy=...)`
     "All graphics cards of this machine, or its processor cut into n logical ones."
     import tensorflow as tf
+    logging.getLogger("tensorflow").setLevel(logging.ERROR)    # it notes each batch that devices share
     if tf.config.list_physical_devices("GPU"):
         return tf.distribute.MirroredStrategy([c.name for c in tf.config.list_logical_devices("GPU")])
     processor = tf.config.list_physical_devices("CPU")[0]
