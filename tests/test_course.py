@@ -1,6 +1,7 @@
 """`make course` as its users meet it: pages that need no network, and nothing lost when something goes
 wrong."""
 
+import ast
 import json
 import os
 import re
@@ -257,3 +258,15 @@ def test_make_alone_teaches(root):
         and "make test" in done.stdout
         and "make check" in done.stdout
     )
+
+
+def test_the_change_log_names_what_is_there():
+    "Every new name in the table of old and new names is defined in the module that the table says."
+    table = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `[^|]+\| `([\w.]+)` \|$", table, re.M)
+    assert len(rows) > 300
+    for module, _, name in (row.rpartition(".") for row in rows):
+        tree = ast.parse((ROOT / "cxr_course" / f"{module.replace('.', '/')}.py").read_text())
+        made = {n.name for n in tree.body if isinstance(n, (ast.FunctionDef, ast.ClassDef))}
+        made |= {n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+        assert name in made, f"{module}.{name}"

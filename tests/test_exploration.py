@@ -185,7 +185,7 @@ def test_reads_what_chapter_02_opens(tmp_path, how):
         pydicom = pytest.importorskip("pydicom")
         from cxr_course.phantom.files import write_dataset
         from cxr_course.phantom.world import population
-        path = sorted(write_dataset(population(2, films=(2, 2), pixels=64), tmp_path / "d",
+        path = sorted(write_dataset(population(2, images=(2, 2), pixels=64), tmp_path / "d",
                                     "dicom").rglob("*.dcm"))[1]
         assert pydicom.dcmread(path).PhotometricInterpretation == "MONOCHROME1"
         seen = image_features(pd.DataFrame({"path": [str(path)]}))

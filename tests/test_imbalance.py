@@ -349,7 +349,7 @@ def test_the_real_lists_share_patients(real_data):
 
 def test_more_patients_let_more_findings_be_judged():
     "Two hundred images of few patients judge hardly anything; 450 people with one each, eight findings."
-    few, more = (population(n, seed=16, kind="nih", films=per) for n, per in ((75, (1, 4)), (450, (1, 1))))
+    few, more = (population(n, seed=16, kind="nih", images=per) for n, per in ((75, (1, 4)), (450, (1, 1))))
     found = []
     for world in (few, more):
         truth = world[list(FINDINGS)].to_numpy(float)

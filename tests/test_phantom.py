@@ -11,7 +11,8 @@ from cxr_course.phantom.files import write_dataset
 from cxr_course.phantom.findings import FINDINGS
 from cxr_course.phantom.world import POPULATIONS, draw_image, population
 
-ADULT = dict(film=0, patient="p00003", age=44., sex="M", seed=5, source="A", view="PA", height=160, width=160)
+ADULT = dict(image=0, patient="p00003", age=44., sex="M", seed=5, source="A", view="PA", height=160,
+             width=160)
 
 
 def nih_row(finding, severity):
@@ -44,7 +45,7 @@ def test_pneumonia_lies_in_the_lung_and_grows_with_severity(label):
 
 
 def test_patients_keep_their_anatomy_and_films_differ():
-    one, two = (draw_image(dict(ADULT, film=n, label="NORMAL", severity=0.)) for n in (0, 1))
+    one, two = (draw_image(dict(ADULT, image=n, label="NORMAL", severity=0.)) for n in (0, 1))
     assert (one != two).any()
     chest, again, other = (chest_anatomy((5, p), 44., "M") for p in ("p00003", "p00003", "p00004"))
     assert chest == again != other
@@ -72,7 +73,7 @@ def test_what_is_written_is_read_back(tmp_path, layout, kind):
 
 
 def test_boxes_enclose_the_truth(tmp_path):
-    plan = population(10, seed=4, kind="nih", films=(1, 1), pixels=96)
+    plan = population(10, seed=4, kind="nih", images=(1, 1), pixels=96)
     folder = write_dataset(plan, tmp_path / "nih", "nih")
     boxes, truth = pd.read_csv(folder / "BBox_List_2017.csv"), pd.read_csv(folder / "truth.csv")
     assert len(boxes) > 3
@@ -108,7 +109,7 @@ def test_a_full_disk_is_said_and_leaves_nothing(tmp_path, monkeypatch):
 
 def test_ties_are_as_strong_as_asked():
     for strength in (0., .5, 1.):
-        w = population(400, seed=2, tie={"marker": strength}, films=(1, 1))
+        w = population(400, seed=2, tie={"marker": strength}, images=(1, 1))
         told = w["marker"].eq("AP")[w["label"] != "NORMAL"].mean()
         assert abs(told - strength) < .08
 

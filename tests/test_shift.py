@@ -98,7 +98,7 @@ def test_views_without_masks(store):
 
 
 def test_the_crop_has_no_room_for_letters():
-    plan = population(3, kind="covid", films=(1, 1), pixels=96, hospitals=("A",))
+    plan = population(3, kind="covid", images=(1, 1), pixels=96, hospitals=("A",))
     taken = lambda letter: np.stack([(draw_image(r, (96, 96)) * 255).astype(np.uint8)
                                      for r in plan.assign(marker=letter).to_dict("records")])
     assert (taken("R") != taken("AP")).any() and (

@@ -34,7 +34,7 @@ def _join_truth(df: pd.DataFrame, root: Path) -> pd.DataFrame:
         return df
     truth = pd.read_csv(root / "truth.csv", dtype={"patient": str, "source": str})
     truth.index = [str(root / p) for p in truth["path"]]
-    columns = [c for c in ("patient", "source", "view", "age", "sex", "severity", "film") if c in truth]
+    columns = [c for c in ("patient", "source", "view", "age", "sex", "severity", "image") if c in truth]
     return df.assign(**{c: df["path"].map(truth[c]) for c in columns})
 
 def _about(path: str) -> dict | None:

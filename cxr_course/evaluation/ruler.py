@@ -48,5 +48,5 @@ def brightness_study(
     "Children of two hospitals, a row an image, with the brightness of the six parts of their lungs."
     world = population(patients, seed=seed, hospitals=("A", "B"), split=split)
     six = np.array([lung_brightness(row) for _, row in world.iterrows()], float)
-    paths = [f"image_{i:05d}.png" for i in world["film"]]
+    paths = [f"image_{i:05d}.png" for i in world["image"]]
     return world.assign(path=paths, **dict(zip(PARTS, six.T)))

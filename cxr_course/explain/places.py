@@ -31,7 +31,7 @@ def placed_findings(
     "Adults with four findings, as files in the layout of the NIH set; the rows know how to draw them again."
     folder = cache_dir("phantom") / f"places-{patients}-{pixels}-{seed}-v{PHANTOM_VERSION}"
     if not folder.exists():
-        plan = world.population(patients, seed=seed, kind="nih", hospitals=("A", "B", "C"), films=(1, 3),
+        plan = world.population(patients, seed=seed, kind="nih", hospitals=("A", "B", "C"), images=(1, 3),
                                 pixels=pixels, split=split)
         write_dataset(_with_findings(plan), folder, "nih", workers=1)
     rows = pd.read_csv(folder / "truth.csv")

@@ -28,10 +28,11 @@ def _kaggle_name(r):
     p = int(r.patient[1:]) + 1
     if r.label == "NORMAL": return f"{r.split}/NORMAL/IM-{p:04d}-{r.number + 1:04d}.jpeg"
     return (
-        f"{r.split}/PNEUMONIA/person{p}_{dict(BACTERIA='bacteria', VIRUS='virus')[r.label]}_{r.film + 1}.jpeg"
+        f"{r.split}/PNEUMONIA/person{p}_{dict(BACTERIA='bacteria', VIRUS='virus')[r.label]}_"
+        f"{r.image + 1}.jpeg"
     )
-def _covid_name(r): return f"{r.split.title()}/{r.label}/images/{r.label.replace('-', '')}_{r.film + 1}.png"
-def _dicom_name(r): return f"{r.patient}/{r.film:06d}.dcm"
+def _covid_name(r): return f"{r.split.title()}/{r.label}/images/{r.label.replace('-', '')}_{r.image + 1}.png"
+def _dicom_name(r): return f"{r.patient}/{r.image:06d}.dcm"
 
 # %% ../../nbs/library/phantom/files.ipynb #1a0167a9
 FILE_NAMES = {"mendeley": _mendeley_name, "kaggle": _kaggle_name, "nih": _nih_name, "covid": _covid_name,
@@ -107,10 +108,10 @@ def _write_dicom(row: dict, picture: np.ndarray, path: Path) -> None:
     except ImportError as e:
         raise CourseError("writing DICOM needs pydicom", None, "pip install 'cxr-course[dicom]'") from e
     from pydicom.uid import ComputedRadiographyImageStorage, ExplicitVRLittleEndian
-    ds, odd = pydicom.Dataset(), row["film"] % 2 == 1
+    ds, odd = pydicom.Dataset(), row["image"] % 2 == 1
     ds.SOPClassUID, ds.SOPInstanceUID = (
         ComputedRadiographyImageStorage,
-        f"2.25.{int(row['seed']) * 10 ** 9 + int(row['film']) + 1}",
+        f"2.25.{int(row['seed']) * 10 ** 9 + int(row['image']) + 1}",
     )
     ds.PatientID, ds.PatientName, ds.PatientSex, ds.PatientAge = (
         row["patient"], f"Phantom^{row['patient']}", row["sex"], f"{int(row['age']):03d}Y",

@@ -28,7 +28,7 @@ def draw_image(
     "Take one image: this patient, pose, hospital, these findings. Same row, same bytes."
     row = row._asdict() if hasattr(row, "_asdict") else dict(row)
     key, found = (row["seed"], row["patient"]), _found(row)
-    g = rng(*key, "film", row["film"])
+    g = rng(*key, "film", row["image"])
     chest = chest_anatomy(key, row["age"], row["sex"])
     for name, severity in found.items(): chest = disturb_anatomy(chest, name, severity, rng(*key, name))
     h, w = shape or (row["height"], row["width"])
@@ -69,7 +69,7 @@ def population(
     patients: int, # how many
     seed: int = 0, # another seed is another population
     kind: str = "pneumonia", # one of KINDS
-    films: tuple[int, int] = (1, 4), # fewest and most images of one patient
+    images: tuple[int, int] = (1, 4), # fewest and most images of one patient
     *,
     hospitals: tuple[str, ...] = ("A",), # who takes them
     # {'hospital' | 'marker' | 'exposure' | 'size': strength 0 to 1}: what gives the label away
@@ -90,17 +90,18 @@ def population(
         raise CourseError(f"unknown hospital {sorted(unknown)[0]!r}", None,
                           f"the known ones are {', '.join(HOSPITALS)}")
     rows = [r for p in range(patients)
-            for r in _patient(p, seed, kind, films, hospitals=hospitals, tie=tie or {}, prevalence=prevalence,
+            for r in _patient(p, seed, kind, images, hospitals=hospitals, tie=tie or {},
+                              prevalence=prevalence,
                               pixels=pixels, split=split)]
     df = pd.DataFrame(rows)
-    df["film"] = np.arange(len(df))
+    df["image"] = np.arange(len(df))
     labels, _ = POPULATIONS[kind]
     if labels: df["label"] = pd.Categorical(df["label"], categories=list(labels))
     else: df.attrs["findings"] = list(FINDINGS)
     return df
 
 # %% ../../nbs/library/phantom/world.ipynb #7ef37953
-def _patient(p, seed, kind, films, *, hospitals, tie, prevalence, pixels, split):
+def _patient(p, seed, kind, images, *, hospitals, tie, prevalence, pixels, split):
     "All images of one patient, as rows."
     g = rng(seed, "patient", p)
     labels, (young, old) = POPULATIONS[kind]
@@ -118,7 +119,7 @@ def _patient(p, seed, kind, films, *, hospitals, tie, prevalence, pixels, split)
     # how ill this patient is; single images vary around it
     course = g.beta(2.0, 1.5)
     chest = chest_anatomy((seed, who["patient"]), age, sex)
-    for n in range(int(g.integers(films[0], films[1] + 1))):
+    for n in range(int(g.integers(images[0], images[1] + 1))):
         follow = lambda what, free, tied: tied if g.random() < tie.get(what, 0) else free
         place = follow("hospital", str(g.choice(list(hospitals))), hospitals[-1 if ill else 0])
         marker = follow("marker", None, ("R", "AP")[int(ill)])

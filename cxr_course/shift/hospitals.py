@@ -24,12 +24,12 @@ def two_class_plan(
     seed: int, # another seed, other patients
     hospitals: tuple[str, ...] = ("A",), # who takes the images
     split: tuple[float, float, float] = (.65, .2, .15), # shares of the patients for train, val, test
-    films: tuple[int, int] = (1, 2), # fewest and most images of one patient
+    images: tuple[int, int] = (1, 2), # fewest and most images of one patient
     pixels: int = 80, # width of an image
     mild: float = .7, # of the usual severity
 ) -> pd.DataFrame: # one row an image, no image drawn yet
     "Patients with COVID-19 or without, half and half, whom no other seed has."
-    plan = world.population(patients, seed=seed, kind="covid", films=films, hospitals=hospitals,
+    plan = world.population(patients, seed=seed, kind="covid", images=images, hospitals=hospitals,
                             prevalence=.5, pixels=pixels, split=split)
     return plan.assign(label=plan["label"].astype(str).replace("Non-COVID", "COVID-19"),
                        patient=[f"{seed}-{p}" for p in plan["patient"]], severity=mild * plan["severity"])
