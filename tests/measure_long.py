@@ -95,10 +95,10 @@ def killed_worker(folder: Path) -> None:
           said=[line for line in said if "lost" in line])
 
 
-def _files(run) -> list[str]:
-    "Files of a run folder; a log's own number left out."
-    return sorted(str(p.relative_to(run.folder)).split("tfevents")[0]
-                  for p in run.folder.rglob("*") if p.is_file())
+def _files(run) -> set[str]:
+    "Files of a run folder; a log's own number left out, for each sitting writes one."
+    return {str(p.relative_to(run.folder)).split("tfevents")[0]
+            for p in run.folder.rglob("*") if p.is_file()}
 
 
 STUDIES = {study.__name__: study for study in (system_a, killed_worker)}
