@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from ..show import PALETTE
 
 # %% auto #0
-__all__ = ['CELL_NAMES', 'draw_bootstrap', 'draw_confusion_matrix']
+__all__ = ['INVENTED_PATIENTS', 'draw_bootstrap', 'draw_confusion_matrix']
 
 # %% ../../nbs/library/evaluation/diagrams.ipynb #ec81a193
-CELL_NAMES = ("Ann", "Ben", "Cem", "Dana", "Eva")
+INVENTED_PATIENTS = ("Ann", "Ben", "Cem", "Dana", "Eva")
 
 def _patient_row(ax, left, top, images, colour, name, times=1):
     "The images of one patient as squares, with the name before them and how often they were drawn behind."
@@ -39,7 +39,7 @@ def draw_bootstrap(
     for column, head in enumerate(heads):
         left = 1 + 4.9 * column
         ax.text(left + 1, -.75, head, ha="center", fontsize=10, weight="bold")
-        for row, (name, count, colour) in enumerate(zip(CELL_NAMES, images, PALETTE)):
+        for row, (name, count, colour) in enumerate(zip(INVENTED_PATIENTS, images, PALETTE)):
             times = draws[column - 1][row] if column else None
             _patient_row(ax, left, 1.0 * row, count, colour, name, times)
         said = f"AUC {values[column - 1]}" if column else "AUC of all images"
