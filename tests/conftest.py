@@ -33,10 +33,11 @@ if hasattr(os, "sched_setaffinity"):
 def pytest_collection_modifyitems(items):
     "A file stays with one worker, since its tests share what they made; notebooks go where there is room."
     for item in items:
-        if item.path.name != "test_notebooks.py":
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
-        elif "scale" in item.name:                       # they start Ray: never two of them at once
+        notebook = item.path.name == "test_notebooks.py"
+        if notebook and "scale" in item.name:            # they start Ray: never two of them at once
             item.add_marker(pytest.mark.xdist_group("scaling"))
+        elif not notebook and not item.get_closest_marker("xdist_group"):
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
 
 
 @pytest.hookimpl(tryfirst=True)
