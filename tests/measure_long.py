@@ -91,14 +91,13 @@ def killed_worker(folder: Path) -> None:
           rows=[{"epoch": int(e), "one process": round(float(a), 6), "two, one killed": round(float(b), 6)}
                 for e, a, b in zip(one.history["epoch"], one.history["loss"], team.history["loss"])],
           largest_difference_of_weights=max(float(np.abs(a - b).max()) for a, b in weights),
-          same_files=_files(one) == _files(team),
+          same_files=contents(one.folder) == contents(team.folder),
           said=[line for line in said if "lost" in line])
 
 
-def _files(run) -> set[str]:
+def contents(folder: Path) -> set[str]:
     "Files of a run folder; a log's own number left out, for each sitting writes one."
-    return {str(p.relative_to(run.folder)).split("tfevents")[0]
-            for p in run.folder.rglob("*") if p.is_file()}
+    return {str(p.relative_to(folder)).split("tfevents")[0] for p in folder.rglob("*") if p.is_file()}
 
 
 STUDIES = {study.__name__: study for study in (system_a, killed_worker)}

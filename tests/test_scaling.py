@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from measure_long import contents
 from PIL import Image
 
 from cxr_course.core import CourseError, rng
@@ -118,11 +119,6 @@ def same(folder, a, b):
     assert np.allclose(one.history[["loss", "val_loss"]], other.history[["loss", "val_loss"]], atol=1e-4)
     assert np.allclose(one.predictions["p_ILL"], other.predictions["p_ILL"], atol=1e-3)
     return max(np.abs(x - y).max() for x, y in zip(one.model.get_weights(), other.model.get_weights())) < 1e-3
-
-
-def contents(folder):
-    "Files of a run folder; a log's own number left out."
-    return {str(p.relative_to(folder)).split("tfevents")[0] for p in folder.rglob("*") if p.is_file()}
 
 
 @needs_ray

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from .notebooks import ROOT, Notebook, cells, command, directives, notebooks
+from .notebooks import Notebook, cells, command, directives, notebooks
 
 WIDEST = 100
 OPENING = ("Before you start", "You will build", "You will be able to", "minutes to read")
@@ -121,11 +121,6 @@ def _code(cell: dict) -> Iterator[str]:
         for name in ("fig-cap", "fig-alt"):
             if len(told.get(name, "")) < 12:
                 yield f"a figure without #| {name}; say what it shows"
-
-
-def report(root: str | Path = ROOT) -> list[dict]:
-    """One row a lesson."""
-    return [budget(n) for n in notebooks(root) if n.lesson]
 
 
 def main(words: list[str]) -> int:

@@ -13,7 +13,7 @@ from .notebooks import Fault, Notebook, cells, directives
 from .pages import FETCH, markdown, slug
 
 HEAVIEST = 1_500_000  # bytes of a notebook with its results
-FOLDERS = "|".join(("home", "Users", "root", "tmp", "work", "mnt", "private/var"))
+FOLDERS = "|".join(("home", "Users", "root", "tmp", "work", "opt", "mnt", "private/var"))
 MACHINE = re.compile(rf"(?<![\w.:/<])/(?:{FOLDERS})/\w+|\b[A-Z]:\\Users")
 SHOWING = ("print", "headline", "table", "source", "show_images")  # calls that always show something
 LINK = re.compile(r"\]\(([^)\s]+)(?:\s+\"[^\"]*\")?\)|(?:href|src)=\"([^\"]+)\"")
@@ -100,8 +100,7 @@ def run_before_saving(notebook: Notebook, root: Path) -> Iterator[str]:
     """Every cell that shows something has its result stored, and none is an error or a warning."""
     at, remedy = notebook.path.relative_to(root), f"run `make outputs ONLY={notebook.name}`"
     code = [(i, cell) for i, cell in enumerate(cells(notebook.path), 1) if cell["cell_type"] == "code"]
-    silent = [i for i, cell in code if speaks(cell["source"]) and not cell["outputs"]]
-    if silent:
+    if silent := [i for i, cell in code if speaks(cell["source"]) and not cell["outputs"]]:
         yield f"{at}, cell {silent[0]}: its result is not stored ({len(silent)} such cells); {remedy}"
     if broken := [i for i, cell in code if any(o["output_type"] == "error" for o in cell["outputs"])]:
         yield f"{at}, cell {broken[0]}: an error is stored as its result; mend it and {remedy}"
