@@ -2,8 +2,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import textwrap
 import zipfile
 
@@ -29,6 +27,8 @@ from cxr_course.training.schedules import (
     cosine_decay, kept_epoch, learning_rate, reduce_lr_on_plateau, should_stop,
 )
 from cxr_course.training.scores import EpochScores, PerImageLoss, predict_split, validation
+
+from tools.forked import python
 
 SMALL = CNNSpec((4, 8), (8,), dropout=.3)
 COLUMNS = ["epoch", "loss", "accuracy", "auc", "val_loss", "val_accuracy", "val_auc", "lr", "seconds"]
@@ -89,8 +89,7 @@ SCRIPT = """
 def child(folder, *words, at=2, signal="SIGKILL"):
     code = textwrap.dedent(SCRIPT.format(tests=os.path.dirname(__file__), folder=str(folder), at=at,
                                          signal=signal))
-    return subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True,
-                          env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"})
+    return python("-c", code, *words)
 
 
 def test_a_run_killed_with_minus_nine_and_resumed_is_the_same_run(tmp_path):

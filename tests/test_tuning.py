@@ -1,6 +1,5 @@
 """Search: system E's space with its winner inside, keras-tuner's tuners, a budget, failures, and kills."""
 import json
-import subprocess
 import sys
 import textwrap
 import time
@@ -21,6 +20,8 @@ from cxr_course.training.tuning import METHODS, _stores, search
 from cxr_course.training.tuning_plots import (
     hyperparameters, hyperparameter_importance, plot_importance, plot_parallel,
 )
+
+from tools.forked import python
 
 keras = pytest.importorskip("keras")
 kt = pytest.importorskip("keras_tuner")
@@ -157,8 +158,7 @@ KILLED = """
 @pytest.mark.parametrize("method", METHODS)
 def test_a_search_that_was_killed_goes_on_as_if_nothing_had_been(tmp_path, root, method):
     script = KILLED.format(tests=str(root / "tests"), folder=str(tmp_path / "killed"), method=method)
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], cwd=root, capture_output=True,
-                          text=True)
+    done = python("-c", textwrap.dedent(script), cwd=root)
     assert done.returncode == -9, done.stderr
     before = trials(tmp_path / "killed")
     assert before["status"].tolist() == ["done"] * 4 + ["killed"]

@@ -94,6 +94,8 @@ def execute(path: str | Path, size: str, timeout: int = 3600):
     from nbclient import NotebookClient
     from nbclient.exceptions import CellControlSignal, DeadKernelError
 
+    from .kernels import Manager
+
     path, begun = Path(path).resolve(), []
     notebook = nbformat.read(path, as_version=4)
     for cell in notebook.cells:
@@ -103,6 +105,7 @@ def execute(path: str | Path, size: str, timeout: int = 3600):
         notebook,
         timeout=timeout,
         kernel_name="python3",
+        kernel_manager_class=Manager,
         resources={"metadata": {"path": str(path.parent)}},
         extra_arguments=["--IPKernelApp.log_level=40"],
         on_cell_start=lambda cell, cell_index: begun.append(cell_index),
