@@ -87,12 +87,28 @@ def test_a_rerun_of_one_notebook_keeps_the_others(three):
     assert "a <b>1</b>" in opening and "b <b>2</b>" in opening and "ZeroDivisionError" not in opening
 
 
-def begun(three):
+def test_two_at_a_time_make_the_same_pages(three, capsys):
+    course(three, size="tiny", out=three / "one")
+    course(three, size="tiny", out=three / "two", jobs=2)
+    assert "2 at a time" in capsys.readouterr().out
+    one, two = (
+        {p.relative_to(three / name): p for p in (three / name).rglob("*.html")} for name in ("one", "two")
+    )
+    assert set(one) == set(two) and len(one) == 4
+    for name in one:
+        if name.name != "index.html":
+            assert one[name].read_text() == two[name].read_text()
+    ran = [[o["name"] for o in json.loads((three / n / "runs.json").read_text())] for n in ("one", "two")]
+    assert ran[0] == ran[1] == ["00_a", "lessons/01_b", "lessons/02_c"]
+
+
+def begun(three, jobs=1):
     "`make course` over three notebooks, the first done and the second, which would take a minute, under way."
     tells = f"Path('{three}/pid').write_text(str(os.getpid()))"
     waits = f"from pathlib import Path\nimport os, time\n{tells}\ntime.sleep(60)"
     write_notebook(three / "nbs/lessons/01_b.ipynb", ["# B\n> It waits", waits])
-    program = f"import sys; from tools.course import course; sys.exit(course({str(three)!r}, size='tiny'))"
+    program = "import sys; from tools.course import course; "
+    program += f"sys.exit(course({str(three)!r}, size='tiny', jobs={jobs}))"
     # a suite started in the background ignores Ctrl-C, and so would its children
     run = subprocess.Popen(
         [sys.executable, "-c", program],
@@ -134,6 +150,18 @@ def test_ctrl_c_stops_at_once_and_says_where(three):
     assert_first_is_whole(three)
     with pytest.raises(ProcessLookupError):
         os.kill(int((three / "pid").read_text()), 0)
+
+
+def test_ctrl_c_stops_all_that_run_at_a_time(three):
+    write_notebook(three / "nbs/lessons/02_c.ipynb", ["# C\n> It waits", "import time\ntime.sleep(60)"])
+    run = begun(three, jobs=2)
+    while not (three / "_course/index.html").exists():
+        assert run.poll() is None
+        time.sleep(0.05)
+    os.killpg(run.pid, signal.SIGINT)
+    said, _ = run.communicate(timeout=30)
+    assert run.returncode == 130 and "stopped in lessons/01_b, lessons/02_c" in said
+    assert_first_is_whole(three)
 
 
 def test_outputs_are_stored_and_cleaned(three, monkeypatch):

@@ -8,7 +8,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -88,8 +88,11 @@ class Watch:
         self._thread.join()
 
 
-def execute(path: str | Path, size: str, timeout: int = 3600):
-    """The notebook after a run in a kernel of its own, and the Outcome; a cell may take `timeout` seconds."""
+def execute(path: str | Path, size: str, timeout: int = 3600, stop: threading.Event | None = None):
+    """The notebook after a run in a kernel of its own, and the Outcome.
+
+    A cell may take `timeout` seconds. When `stop` is set, the kernel is killed and KeyboardInterrupt raised.
+    """
     import nbformat
     from nbclient import NotebookClient
     from nbclient.exceptions import CellControlSignal, DeadKernelError
@@ -118,7 +121,7 @@ def execute(path: str | Path, size: str, timeout: int = 3600):
     ):
         surroundings = os.environ | QUIET | {"CXR_COURSE_SIZE": size, "IPYTHONDIR": scratch}
         try:
-            _run(client, env=surroundings, stderr=noise)
+            _run(client, stop, env=surroundings, stderr=noise)
         except (CellControlSignal, DeadKernelError) as e:
             failure = _failure(notebook, begun[-1] if begun else 0, e)
     return notebook, Outcome(
@@ -126,12 +129,15 @@ def execute(path: str | Path, size: str, timeout: int = 3600):
     )
 
 
-def _run(client, **how) -> None:
+def _run(client, stop: threading.Event | None, **how) -> None:
     with ThreadPoolExecutor(
         1
     ) as pool:  # the kernel's event loop lives in a thread, so that Ctrl-C reaches us
         running = pool.submit(client.execute, **how)
         try:
+            while not wait([running], timeout=0.1).done:
+                if stop is not None and stop.is_set():
+                    raise KeyboardInterrupt
             running.result()
         except KeyboardInterrupt:
             while not running.done():
