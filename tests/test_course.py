@@ -145,7 +145,7 @@ def test_killed_halfway_leaves_whole_pages(three):
 def test_ctrl_c_stops_at_once_and_says_where(three):
     run = begun(three)
     os.killpg(run.pid, signal.SIGINT)
-    said, _ = run.communicate(timeout=30)
+    said, _ = run.communicate(timeout=120)
     assert run.returncode == 130 and "stopped in lessons/01_b" in said and "02_c" not in said.splitlines()[-1]
     assert_first_is_whole(three)
     with pytest.raises(ProcessLookupError):
@@ -159,7 +159,7 @@ def test_ctrl_c_stops_all_that_run_at_a_time(three):
         assert run.poll() is None
         time.sleep(0.05)
     os.killpg(run.pid, signal.SIGINT)
-    said, _ = run.communicate(timeout=30)
+    said, _ = run.communicate(timeout=120)
     assert run.returncode == 130 and "stopped in lessons/01_b, lessons/02_c" in said
     assert_first_is_whole(three)
 
