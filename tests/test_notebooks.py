@@ -1,5 +1,7 @@
 """Every notebook, in every folder, runs from top to bottom in a kernel of its own."""
 
+import os
+
 import pytest
 from conftest import ROOT
 
@@ -64,3 +66,10 @@ def test_the_run_size_reaches_the_notebook(tmp_path):
         ["# Toy\n> Its size", "from cxr_course.core import headline, run_size\nheadline('size', run_size())"],
     )
     assert execute(path, "full")[1].headline == "size full"
+
+
+@pytest.mark.skipif("PYTEST_XDIST_WORKER" not in os.environ, reason="one process has no groups")
+@pytest.mark.xdist_group("some")
+def test_a_group_stays_with_one_worker(request):
+    "pytest-xdist tells groups by a suffix of the name; with pytest 9.2 it is lost, and with it every group."
+    assert request.node.nodeid.endswith("@some")

@@ -28,8 +28,6 @@ from cxr_course.training.schedules import (
 )
 from cxr_course.training.scores import EpochScores, PerImageLoss, predict_split, validation
 
-from tools.forked import python
-
 SMALL = CNNSpec((4, 8), (8,), dropout=.3)
 COLUMNS = ["epoch", "loss", "accuracy", "auc", "val_loss", "val_accuracy", "val_auc", "lr", "seconds"]
 SAME = COLUMNS[:-1]
@@ -89,6 +87,7 @@ SCRIPT = """
 def child(folder, *words, at=2, signal="SIGKILL"):
     code = textwrap.dedent(SCRIPT.format(tests=os.path.dirname(__file__), folder=str(folder), at=at,
                                          signal=signal))
+    from tools.forked import python  # the child imports this file, and has no `tools`
     return python("-c", code, *words)
 
 

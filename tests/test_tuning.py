@@ -21,8 +21,6 @@ from cxr_course.training.tuning_plots import (
     hyperparameters, hyperparameter_importance, plot_importance, plot_parallel,
 )
 
-from tools.forked import python
-
 keras = pytest.importorskip("keras")
 kt = pytest.importorskip("keras_tuner")
 
@@ -158,6 +156,7 @@ KILLED = """
 @pytest.mark.parametrize("method", METHODS)
 def test_a_search_that_was_killed_goes_on_as_if_nothing_had_been(tmp_path, root, method):
     script = KILLED.format(tests=str(root / "tests"), folder=str(tmp_path / "killed"), method=method)
+    from tools.forked import python  # the child imports this file, and has no `tools`
     done = python("-c", textwrap.dedent(script), cwd=root)
     assert done.returncode == -9, done.stderr
     before = trials(tmp_path / "killed")
