@@ -63,3 +63,12 @@ def test_a_signal_reaches_it_and_its_children(tmp_path):
 def test_who_does_not_end_is_ended():
     with pytest.raises(subprocess.TimeoutExpired):
         python("-c", "import time; time.sleep(60)", timeout=0.2)
+
+
+@pytest.mark.skipif(not FORKS, reason="here a new process is a new Python")
+def test_a_server_that_died_is_told_and_made_again():
+    process = Forked(["-c", "import time; time.sleep(60)"])
+    process.server.process.kill()
+    assert process.wait(timeout=20) == -signal.SIGKILL
+    process.kill()
+    assert python("-c", "print(7)").stdout == "7\n"

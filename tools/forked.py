@@ -11,6 +11,7 @@ Started as a program, this file is that one process: a line of JSON in, a line o
 from __future__ import annotations
 
 import atexit
+import contextlib
 import gc
 import json
 import os
@@ -22,7 +23,6 @@ import tempfile
 import threading
 import time
 import traceback
-from functools import cache
 from types import ModuleType
 
 FORKS = sys.platform == "linux"
@@ -39,7 +39,6 @@ def serve() -> dict | None:
     import keras  # noqa: F401, and with it TensorFlow, numpy, pandas, scipy, scikit-learn and matplotlib
 
     gc.freeze()  # or every fork copies what is loaded, as soon as its garbage is looked for
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for who started this process, and ends it
     for line in sys.stdin:
         order = json.loads(line)
         if "ended" in order:
@@ -99,7 +98,7 @@ def live(order: dict) -> None:
 
 
 class Server:
-    """The process that is forked; started at the first need, gone with this one."""
+    """The process that is forked. It has a session of its own, so that Ctrl-C is for who started it."""
 
     def __init__(self):
         self.lock = threading.Lock()
@@ -109,17 +108,32 @@ class Server:
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,
+            start_new_session=True,
         )
         atexit.register(self.process.kill)
 
     def ask(self, **order):
+        """The answer to an order; None if the server has died."""
         with self.lock:
-            self.process.stdin.write(json.dumps(order) + "\n")
-            self.process.stdin.flush()
-            return json.loads(self.process.stdout.readline())
+            try:
+                self.process.stdin.write(json.dumps(order) + "\n")
+                self.process.stdin.flush()
+            except OSError:
+                return None
+            answer = self.process.stdout.readline()
+        return json.loads(answer) if answer else None
 
 
-server = cache(Server)
+_servers: list[Server] = []
+_one_at_a_time = threading.Lock()
+
+
+def server() -> Server:
+    """The server of this process, started at the first need and again if it has died."""
+    with _one_at_a_time:
+        if not _servers or _servers[-1].process.poll() is not None:
+            _servers.append(Server())
+        return _servers[-1]
 
 
 class Forked:
@@ -128,8 +142,8 @@ class Forked:
     stdin = stdout = stderr = None
 
     def __init__(self, words, *, env=None, cwd=None, out=os.devnull, err=os.devnull):
-        self.returncode = None
-        self.pid = server().ask(
+        self.returncode, self.server = None, server()
+        self.pid = self.server.ask(
             words=list(words),
             env=dict(os.environ if env is None else env),
             cwd=str(cwd or os.getcwd()),
@@ -137,10 +151,15 @@ class Forked:
             err=err,
             cores=sorted(os.sched_getaffinity(0)),
         )
+        if self.pid is None:
+            raise OSError(f"{__file__} ended before it could start a process; run it to see why")
 
     def poll(self) -> int | None:
         if self.returncode is None:
-            self.returncode = server().ask(ended=self.pid)
+            self.returncode = self.server.ask(ended=self.pid)
+            if self.returncode is None and self.server.process.poll() is not None:
+                self.kill()  # nobody is left who could say more of it
+                self.returncode = -signal.SIGKILL
         return self.returncode
 
     def wait(self, timeout: float | None = None) -> int:
@@ -152,8 +171,9 @@ class Forked:
         return self.returncode
 
     def send_signal(self, number: int) -> None:
-        if self.poll() is None:
-            os.kill(self.pid, number)
+        if self.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, number)
 
     def kill(self) -> None:
         self.send_signal(signal.SIGKILL)
