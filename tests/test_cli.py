@@ -535,6 +535,21 @@ def test_real_nih_lists_share_patients(real_data):
     assert (frame["split"] == "test").sum() == 200
 
 
+def test_covid_phantom_of_sixty_patients_trains_two_classes(place):
+    "It was refused: the test set had no image with COVID-19."
+    cxr("data", "phantom", "lungs", "--layout", "covid", "--patients", 60, "--pixels", 48, cwd=place)
+    cxr("train", "--data", "lungs", "--classes", 2, "--epochs", 1, "--size", 32, "--out", "runs/lungs",
+        cwd=place)
+    card = json.loads((place / "runs" / "lungs" / "card.json").read_text(encoding="utf8"))
+    assert card["labels"] == ["Normal", "COVID-19"]
+
+
+def test_the_small_covid_sample_trains_two_classes(place):
+    cxr("train", "--data", "sample-covid", "--classes", 2, "--epochs", 1, "--size", 32, "--out", "runs/covid",
+        cwd=place, CXR_COURSE_SIZE="tiny")
+    assert (place / "runs" / "covid" / "report" / "report.html").is_file()
+
+
 def test_a_table_of_ones_own_says_what_is_what(place):
     "Columns and findings are said at the terminal; other columns are information and no targets."
     import pandas as pd

@@ -14,7 +14,7 @@ from sklearn import metrics
 
 from cxr_course.core import CourseError, rng
 from cxr_course.evaluation.breakdown import (
-    classification_report, metrics_by_size, error_breakdown, evaluate, subgroups,
+    age_bands, classification_report, metrics_by_size, error_breakdown, evaluate, subgroups,
 )
 from cxr_course.evaluation.metrics import (
     auc_by_task, compare_models, confusion_matrix, predict_labels, binary_metrics, macro_auc,
@@ -364,6 +364,16 @@ def test_small_groups_are_not_spoken_of():
     # the view does not vary, so it is passed over
     assert set(g["by"]) == {"age", "sex", "source", "size"}
     assert g.loc[g["by"] == "size", ["group", "images"]].drop_duplicates()["images"].sum() == 200
+
+
+def test_quarters_of_size_that_round_to_the_same_pixels_are_one():
+    "The report of a few images died here: '91 to 91 px' stood there twice."
+    sides = [90., 91., 91., 91.2, 91.3, 95.]
+    bands = age_bands(pd.DataFrame(dict(height=sides, width=sides)), "size")
+    assert bands.notna().all() and bands.cat.categories.is_unique
+    assert bands.value_counts().to_dict() == {"90 to 91 px": 3, "91 to 95 px": 3}
+    alike = pd.DataFrame(dict(height=[90., 90.2], width=[90., 90.2]))
+    assert age_bands(alike, "size").isna().all()
 
 
 def test_subgroups_without_size_or_age_are_quiet():
