@@ -276,8 +276,8 @@ def mined_labels(root: Path) -> None:
             for r in judged.reset_index().to_dict("records")]
     found = dict(date=date.today().isoformat(),
                  command="python tests/measure_real.py path/to/real/data mined_labels",
-                 data=f"NIH ChestX-ray14: {len(again):,} images of {again['patient'].nunique():,} patients that "
-                 "radiologists read again (Majkowska et al. 2020), labels of Data_Entry_2017_v2020",
+                 data=f"NIH ChestX-ray14: {len(again):,} images of {again['patient'].nunique():,} patients "
+                 "that radiologists read again (Majkowska et al. 2020), labels of Data_Entry_2017_v2020",
                  intervals="95 %, 2,000 resampled studies by patient", rows=rows)
     with atomic(RESULTS / "mined_labels.json") as part: part.write_text(json.dumps(found, indent=1) + "\n")
     print(pd.DataFrame(rows).to_string())

@@ -549,7 +549,8 @@ def test_data_fetch_tells_how_by_hand_and_leaves_nothing(place):
 
 def test_data_fetch_verifies_what_is_there_by_counts(place):
     out, err = cxr("data", "fetch", "kaggle", "--folder", "films", cwd=place)
-    for words in ("is in films", "CC BY 4.0", "Kermany", "next: cxr-course data show films"): assert words in out
+    for words in ("is in films", "CC BY 4.0", "Kermany", "next: cxr-course data show films"):
+        assert words in out
     assert "verified" not in out and "warning: train NORMAL: 1,341 images published" in err
     _, err = cxr("data", "fetch", "nih", "--folder", "films", cwd=place, code=0)
     assert "warning: all all: 112,120 images published" in err

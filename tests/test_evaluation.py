@@ -390,7 +390,7 @@ def test_intervals_of_mined_labels_are_by_patient():
     "The same images ten times over, of the same patients, teach nothing new."
     draw = np.random.default_rng(3)
     rows = [dict(path=f"{i}-{{}}.png", patient=str(i), x=float(draw.random() < .5)) for i in range(60)]
-    once, often = ([dict(r, path=r["path"].format(n)) for r in rows for n in range(times)] for times in (1, 10))
+    once, often = ([dict(r, path=r["path"].format(n)) for r in rows for n in range(k)] for k in (1, 10))
     wide, same = (judge_mined_labels(make_frame([dict(r, x=r["x"] * (int(r["patient"]) % 3 > 0)) for r in f],
                                                 findings=["x"]), make_frame(f, findings=["x"]),
                                      {"x": ["x"]}).loc["x", "sensitivity"] for f in (once, often))

@@ -99,7 +99,7 @@ def test_the_size_that_nobody_said():
     from cxr_course.training.job import _own_shape
     frame = lambda h, w: pd.DataFrame(dict(path="x.png", height=h, width=w))
     assert default_shape(frame([28, 28, 28], [28, 28, 28])) == (28, 28)
-    assert default_shape(frame([64, 500, 90], [80, 700, 70])) == (70, 70)            # the median of 64, 500, 70
+    assert default_shape(frame([64, 500, 90], [80, 700, 70])) == (70, 70)      # the median of 64, 500, 70
     assert default_shape(frame([1024, 900], [800, 1200])) == (128, 128)
     assert default_shape(frame([28, 28], [28, None])) == (28, 28)                    # a size that nobody read
     told = []

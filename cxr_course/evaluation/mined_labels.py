@@ -18,7 +18,7 @@ from ..stats.bootstrap import ratio_ci
 # %% auto #0
 __all__ = ['MINED_AS', 'judge_mined_labels']
 
-# %% ../../nbs/library/evaluation/mined_labels.ipynb #7554b2ab
+# %% ../../nbs/library/evaluation/mined_labels.ipynb #0949efba
 # what the radiologists were asked: the mined findings of which any one counts as the same
 MINED_AS = {"Pneumothorax": ("Pneumothorax",), "Nodule or mass": ("Nodule", "Mass"),
             "Airspace opacity": ("Atelectasis", "Consolidation", "Edema", "Infiltration", "Pneumonia")}
@@ -26,7 +26,8 @@ MINED_AS = {"Pneumothorax": ("Pneumothorax",), "Nodule or mass": ("Nodule", "Mas
 def judge_mined_labels(
     mined: pd.DataFrame, # a frame with findings that a program found in reports
     read: pd.DataFrame, # a frame with findings that radiologists saw: `read_relabelled`
-    matches: Mapping[str, Iterable[str]] = MINED_AS, # finding of `read`: findings of `mined` that stand for it
+    # finding of `read`: findings of `mined` any one of which stands for it
+    matches: Mapping[str, Iterable[str]] = MINED_AS,
     times: int = 1000, # resampled studies
     seed: int = 0, # same seed, same intervals
 ) -> pd.DataFrame: # a row a finding; the last four columns with intervals over patients

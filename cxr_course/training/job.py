@@ -184,7 +184,8 @@ def train_job(
     _refuse_choices(recipe, loss)
     _refuse_weights_alone(backbone, weights, fallback)
     _refuse_out(out, resume)
-    shape = tuple(frame.shape if isinstance(frame, ImageStore) else shape or _own_shape(frame, model, backbone, say))
+    decoded = isinstance(frame, ImageStore)
+    shape = tuple(frame.shape if decoded else shape or _own_shape(frame, model, backbone, say))
     store = prepare(frame, shape, seed=seed, resplit=resplit, skip_bad=skip_bad, findings=findings,
                     duplicates=duplicates, before=partial(_try_network, model, backbone, shape, seed),
                     say=say)
