@@ -33,8 +33,8 @@ Seed = Annotated[int, typer.Option(help="Random seed: same seed, same result.")]
 
 # train_job and default_shape hold the rule
 Size = Annotated[str | None, typer.Option(metavar="PIXELS", help="Images are cropped and resized to "
-        "this: 128, or HEIGHTxWIDTH. Small images are not enlarged unless you say "
-        "so: their own size is the median of their shorter sides.", show_default="128, or the images' own size if that is smaller")]
+        "this: 128, or HEIGHTxWIDTH. Small images are not enlarged unless you say so: their own size is the "
+        "median of their shorter sides.", show_default="128, or the images' own size if that is smaller")]
 
 class UnknownChoice(str, Enum):
     "What an image without a patient is taken for."
