@@ -15,7 +15,7 @@ def words(key):
     return cfg.get(key, "").split()
 
 
-extras = {name: words(f"{name}_requirements") for name in ("dicom", "tune", "scale", "lab", "docs")}
+extras = {name: words(f"{name}_requirements") for name in ("dicom", "tune", "scale", "kaggle", "lab", "docs")}
 # whoever works on the course reads DICOM and NIfTI, searches, opens the lab and renders the site;
 # Ray stays a choice, it is large
 extras["dev"] = sorted({

@@ -1,6 +1,7 @@
 """Measure on real images what the lessons quote, and write it where they read it.
 
     python tests/measure_real.py path/to/real/data [shortcuts] [bars] [shift] [nih] [phantom_only] [borrowed]
+                                [mined_labels]
 
 The folder holds kaggle/chest_xray, kaggle_full_size/chest_xray, covid_qu_ex_layout,
 pneumoniamnist_standin.npz and nih. Only numbers are written (nbs/results/NAME.json), with the date and the
@@ -261,8 +262,29 @@ def borrowed(root: Path) -> None:
          curve.round(4).to_dict("records"))
 
 
+def mined_labels(root: Path) -> None:
+    "NIH's labels, which a program mined from reports, against the radiologists' of the same images."
+    from cxr_course.data.loading import read_relabelled
+    from cxr_course.evaluation.mined_labels import MINED_AS, judge_mined_labels
+    again = read_relabelled(root / "nih")
+    entry = next(p for p in sorted((root / "nih").rglob("Data_Entry_2017*.csv*")))
+    judged = judge_mined_labels(read(entry, sizes=False), again, times=2000)
+    three = lambda e: [round(float(v), 3) for v in e[:3]]
+    rows = [dict(finding=r["finding"], mined_as=list(MINED_AS[r["finding"]]), images=r["images"],
+                 patients=r["patients"], mined=round(r["mined"], 4), radiologists=round(r["radiologists"], 4))
+            | {c: three(r[c]) for c in ("kappa", "sensitivity", "specificity", "PPV")}
+            for r in judged.reset_index().to_dict("records")]
+    found = dict(date=date.today().isoformat(),
+                 command="python tests/measure_real.py path/to/real/data mined_labels",
+                 data=f"NIH ChestX-ray14: {len(again):,} images of {again['patient'].nunique():,} patients "
+                 "that radiologists read again (Majkowska et al. 2020), labels of Data_Entry_2017_v2020",
+                 intervals="95 %, 2,000 resampled studies by patient", rows=rows)
+    with atomic(RESULTS / "mined_labels.json") as part: part.write_text(json.dumps(found, indent=1) + "\n")
+    print(pd.DataFrame(rows).to_string())
+
+
 if __name__ == "__main__":
     if len(sys.argv) < 2: sys.exit(__doc__)
     for what in sys.argv[2:] or ("shortcuts", "bars", "shift", "nih"):
         {"shortcuts": shortcuts, "bars": bars, "shift": shift, "nih": nih, "phantom_only": phantom_only,
-         "borrowed": borrowed}[what](Path(sys.argv[1]))
+         "borrowed": borrowed, "mined_labels": mined_labels}[what](Path(sys.argv[1]))

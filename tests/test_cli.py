@@ -64,7 +64,7 @@ def test_help_teaches():
     for command in (
         "train", "evaluate", "predict", ("data", "show"), ("data", "check"), ("data", "phantom"),
         ("data", "list"), ("data", "explore"), ("data", "augment"), "experiments", "record", "explain",
-        "shift", "tune", "launch", ("data", "decode"),
+        "shift", "tune", "launch", ("data", "decode"), ("data", "fetch"),
     ):
         page, _ = cxr(*([command] if isinstance(command, str) else command), "--help")
         assert "Example" in page and "Usage: cxr-course" in page
@@ -533,6 +533,82 @@ def test_real_nih_lists_share_patients(real_data):
     sides = [set(f["patient"]) for _, f in frame.groupby("split")]
     assert len(sides) == 3 and not any(a & b for i, a in enumerate(sides) for b in sides[:i])
     assert (frame["split"] == "test").sum() == 200
+
+
+def test_data_fetch_tells_how_by_hand_and_leaves_nothing(place):
+    "No test has a network: what a user without one reads."
+    out, _ = cxr("data", "fetch", "sample", cwd=place)
+    assert "drawn on this machine" in out and "cxr-course train --data sample" in out
+    for name in ("nih", "kaggle", "covid", "mendeley", "pneumoniamnist"):
+        _, err = cxr("data", "fetch", name, "--folder", "fetched", cwd=place, code=2)
+        assert f"3. cxr-course data fetch {name} --folder fetched" in err and not (place / "fetched").exists()
+    assert "fingerprint must be md5:28209eda" in err
+    _, err = cxr("data", "fetch", "chexpert", cwd=place, code=2)
+    assert "unknown data set 'chexpert'" in err and "pneumoniamnist" in err
+
+
+def test_data_fetch_verifies_what_is_there_by_counts(place):
+    out, err = cxr("data", "fetch", "kaggle", "--folder", "films", cwd=place)
+    for words in ("is in films", "CC BY 4.0", "Kermany", "next: cxr-course data show films"):
+        assert words in out
+    assert "verified" not in out and "warning: train NORMAL: 1,341 images published" in err
+    _, err = cxr("data", "fetch", "nih", "--folder", "films", cwd=place, code=0)
+    assert "warning: all all: 112,120 images published" in err
+    wrong = place / "wrong"
+    wrong.mkdir()
+    (wrong / "notes.txt").write_text("I meant to put it here")
+    _, err = cxr("data", "fetch", "nih", "--folder", "wrong", cwd=place, code=2)
+    assert "cannot be read as NIH ChestX-ray14" in err and "images_012.tar.gz" in err
+
+
+def test_check_against_published_counts_has_an_exit_code(place):
+    out, _ = cxr("data", "check", "films", "--quick", "--against", "kaggle", cwd=place, code=1)
+    assert "published" in out and "1341" in out and "train NORMAL: 1,341 published" in out
+    _, err = cxr("data", "check", "films", "--quick", "--against", "sample", cwd=place, code=2)
+    assert "nobody published counts" in err
+
+
+def small_pictures(file):
+    "A file laid out as PneumoniaMNIST's, and as small."
+    import numpy as np
+    arrays = {}
+    for split, n in (("train", 40), ("val", 12), ("test", 14)):
+        truth = np.arange(n) % 2
+        arrays[f"{split}_images"] = (np.random.default_rng(n).integers(0, 120, (n, 28, 28))
+                                     + 60 * truth[:, None, None]).astype("uint8")
+        arrays[f"{split}_labels"] = truth[:, None]
+    np.savez(file, **arrays)
+
+
+def test_small_images_are_not_enlarged_unless_somebody_says_so(place):
+    "PneumoniaMNIST was enlarged to 128 and trained twenty times slower."
+    small_pictures(place / "mini.npz")
+    shape = lambda run: json.loads((place / "runs" / run / "card.json").read_text())["preprocessing"]["shape"]
+    out, _ = cxr("train", "--data", "mini.npz", "--epochs", 1, "--out", "runs/mini", cwd=place)
+    assert "decoded at 28 x 28 pixels" in out and shape("mini")[:2] == [28, 28]
+    out, _ = cxr("train", "--data", "mini.npz", "--epochs", 1, "--size", 40, "--out", "runs/forty", cwd=place)
+    assert "decoded at" not in out and shape("forty")[:2] == [40, 40]
+    _, err = cxr("train", "--data", "mini.npz", "--model", "a1", "--out", "runs/deep", cwd=place, code=2)
+    assert "28 x 28 are too small" in err and "--size" in err
+    out, _ = cxr("data", "decode", "mini.npz", "--out", "mini_store", cwd=place)
+    assert "66 images" in out
+    told = [json.loads(f.read_text()) for f in (place / "mini_store").rglob("store.json")]
+    assert [t["shape"] for t in told] == [[28, 28]]
+
+
+def test_covid_phantom_of_sixty_patients_trains_two_classes(place):
+    "It was refused: the test set had no image with COVID-19."
+    cxr("data", "phantom", "lungs", "--layout", "covid", "--patients", 60, "--pixels", 48, cwd=place)
+    cxr("train", "--data", "lungs", "--classes", 2, "--epochs", 1, "--size", 32, "--out", "runs/lungs",
+        cwd=place)
+    card = json.loads((place / "runs" / "lungs" / "card.json").read_text(encoding="utf8"))
+    assert card["labels"] == ["Normal", "COVID-19"]
+
+
+def test_the_small_covid_sample_trains_two_classes(place):
+    cxr("train", "--data", "sample-covid", "--classes", 2, "--epochs", 1, "--size", 32, "--out", "runs/covid",
+        cwd=place, CXR_COURSE_SIZE="tiny")
+    assert (place / "runs" / "covid" / "report" / "report.html").is_file()
 
 
 def test_a_table_of_ones_own_says_what_is_what(place):

@@ -18,7 +18,9 @@ from PIL import Image
 from cxr_course.core import CourseError
 from cxr_course.data import layouts
 from cxr_course.data.checks import check_dataset
-from cxr_course.data.download import fetch, unpack
+from cxr_course.data.archives import unpack
+from cxr_course.data.counts import compare_counts
+from cxr_course.data.download import fetch, unpack_beside
 from cxr_course.data.duplicates import near_duplicates, perceptual_hash, thumbnail
 from cxr_course.data.layouts import detect_layout, parse_file_name
 from cxr_course.data.loading import read_boxes, load_dataset, read_relabelled
@@ -386,7 +388,7 @@ def test_check_is_silent_on_a_healthy_set(kaggle):
 
 def test_check_counts_against_the_registry(kaggle):
     said = check_dataset(load_dataset(kaggle), against="kaggle", pixels=False).table["problem"]
-    assert said.str.contains("train NORMAL: 1,341 in the registry").any()
+    assert said.str.contains("train NORMAL: 1,341 published, ").any()
     with pytest.raises(CourseError, match="unknown data set"):
         check_dataset(load_dataset(kaggle), against="keggle")
 
@@ -529,9 +531,13 @@ def test_unpack_never_overwrites(tmp_path):
 
 class Server(http.server.BaseHTTPRequestHandler):
     "Serves one file, in pieces on request, and can break off half-way."
-    content, breaks, asked = b"", False, []
+    content, breaks, full, asked = b"", False, False, []
 
     def do_GET(self):
+        if Server.full and self.headers.get("Range"):                     # nothing is missing
+            self.send_response(416)
+            self.send_header("Content-Length", "0")
+            return self.end_headers()
         start = int((self.headers.get("Range") or "bytes=0-")[6:].split("-")[0])
         Server.asked.append(start)
         body = Server.content[start:]
@@ -582,8 +588,16 @@ def test_a_wrong_hash_never_gets_the_name(server, tmp_path):
 def test_sets_that_need_a_hand(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     for name in ("kaggle", "mendeley", "nih", "covid"):
-        with pytest.raises(CourseError, match=f"cannot be fetched(.|\n)*{REGISTRY[name].url}"):
+        with pytest.raises(CourseError,
+                           match=f"(cannot|could not) be fetched(.|\n)*{REGISTRY[name].url}") as told:
             fetch(name, tmp_path / name)
+        for said, door in ((str(told.value), f"fetch({name!r}"), (told.value.typed, f"data fetch {name} ")):
+            assert all(f"\n    {i}. " in said for i in (1, 2, 3)) and "    4." not in said
+            assert said.count(f"{door}") == 1 and REGISTRY[name].by_hand in said
+        assert not (tmp_path / name).exists()                             # nothing half-written
+    with pytest.raises(CourseError, match="could not be fetched(.|\n)*md5:28209"):
+        fetch("pneumoniamnist", tmp_path / "p")
+    assert not (tmp_path / "p").exists()
     (tmp_path / "nih").mkdir(exist_ok=True)
     (tmp_path / "nih" / "Data_Entry_2017.csv").write_text("here already")
     assert fetch("nih", tmp_path / "nih") == tmp_path / "nih"
@@ -601,6 +615,132 @@ def test_kaggles_client_is_used_where_it_is(tmp_path, monkeypatch, kaggle):
     tool.write_text("#!/bin/sh\necho '401 - Unauthorized' >&2\nexit 1\n")
     with pytest.raises(CourseError, match="401"): fetch("kaggle", tmp_path / "other")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["bin", "set", "source.zip"]
+
+
+def client(tmp_path, monkeypatch, script):
+    "A program named kaggle that does this."
+    tool = tmp_path / "bin" / "kaggle"
+    tool.parent.mkdir(exist_ok=True)
+    tool.write_text(f"#!/bin/sh\n{script}\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tool.parent}:{os.environ['PATH']}")
+
+
+@pytest.mark.parametrize("said, told", [
+    ("401 Client Error: Unauthorized", "does not know who you are(.|\n)*Settings, API(.|\n)*access_token"),
+    ("Authentication required to call the Kaggle API.", "does not know who you are"),
+    ("403 - Forbidden", "open https://www.kaggle.com/datasets/[a-z]+/covidqu and accept its rules"),
+    ("Temporary failure in name resolution", "goes on where it stopped(.|\n)*in three lines"),
+])
+def test_what_kaggle_refuses_is_told_in_words(tmp_path, monkeypatch, said, told):
+    client(tmp_path, monkeypatch, f"echo '{said}' >&2; exit 1")
+    with pytest.raises(CourseError, match=told): fetch("covid", tmp_path / "set")
+    assert not (tmp_path / "set").exists()
+
+
+def test_without_its_client_kaggle_is_explained(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(CourseError, match="not installed(.|\n)*cxr-course\\[kaggle\\](.|\n)*access_token"):
+        fetch("covid", tmp_path / "set")
+
+
+def test_kaggles_client_finds_its_part_again(tmp_path, monkeypatch, cache):
+    "It goes on with its own file, if that is still where it left it; a damaged one is not kept."
+    with zipfile.ZipFile(tmp_path / "whole.zip", "w") as z:
+        for c in ("Normal", "Non-COVID", "COVID-19"):
+            for part, name in (("Lung", c), ("Infection", "x")):
+                folder = f"{part} Segmentation Data"
+                z.writestr(f"{folder}/{folder}/Train/{c}/images/{name}_1.png", b"an image")
+    client(tmp_path, monkeypatch, 'echo half > "$6/covidqu.zip"; exit 1')
+    with pytest.raises(CourseError, match="goes on where it stopped"): fetch("covid", tmp_path / "set")
+    assert (cache / "downloads" / "covid" / "covidqu.zip").read_text() == "half\n"
+    client(tmp_path, monkeypatch, 'grep -q half "$6/covidqu.zip" || exit 1; echo "as it was"')
+    with pytest.raises(CourseError, match="damaged"): fetch("covid", tmp_path / "set")
+    assert not (cache / "downloads" / "covid").exists() and not (tmp_path / "set").exists()
+    client(tmp_path, monkeypatch, f'cp {tmp_path}/whole.zip "$6/covidqu.zip"')
+    frame = load_dataset(fetch("covid", tmp_path / "set"), sizes=False, unknown="image")
+    assert sorted(frame["label"]) == ["COVID-19", "Non-COVID", "Normal"]   # the lungs, not the infections
+    assert not (cache / "downloads" / "covid").exists()
+
+
+def test_mendeley_says_where_its_file_lies_and_what_it_is(tmp_path, kaggle):
+    import hashlib
+    import json
+    from dataclasses import replace
+    with zipfile.ZipFile(tmp_path / "ChestXRay2017.zip", "w") as z:
+        z.writestr("chest_xray/train/NORMAL/NORMAL-1003233-0001.jpeg", b"an image")
+        z.writestr("chest_xray/train/PNEUMONIA/VIRUS-1003233-0002.jpeg", b"another")
+    whole = tmp_path / "ChestXRay2017.zip"
+    def listed(name, digest):
+        (tmp_path / "list.json").write_text(json.dumps([dict(filename=name, content_details=dict(
+            download_url=whole.as_uri(), sha256_hash=digest))]))
+        return replace(REGISTRY["mendeley"], files=((tmp_path / "list.json").as_uri(), "ChestXRay2017.zip"))
+    with pytest.raises(CourseError, match="could not be fetched(.|\n)*1. open https://data.mendeley"):
+        fetch(listed("ChestXRay2017.zip", "0" * 64), tmp_path / "set")
+    with pytest.raises(CourseError, match="could not be fetched"):
+        fetch(listed("another.zip", "0" * 64), tmp_path / "set")
+    assert not (tmp_path / "set").exists()
+    good = listed("ChestXRay2017.zip", hashlib.sha256(whole.read_bytes()).hexdigest())
+    frame = load_dataset(fetch(good, tmp_path / "set"), sizes=False)
+    assert sorted(frame["label"]) == ["NORMAL", "VIRUS"] and frame["patient"].nunique() == 1
+
+
+def test_archives_that_came_by_hand_are_unpacked_each_as_a_whole(tmp_path):
+    heap = tmp_path / "nih"
+    heap.mkdir()
+    for i in (1, 2):
+        with tarfile.open(heap / f"images_00{i}.tar.gz", "w:gz") as t:
+            film = tarfile.TarInfo(f"images/0000000{i}_000.png")
+            film.size = 8
+            t.addfile(film, io.BytesIO(b"an image"))
+    cut = heap / "images_003.tar.gz"
+    cut.write_bytes((heap / "images_002.tar.gz").read_bytes()[:-20])
+    (heap / "Data_Entry_2017_v2020.csv").write_text(
+        "Image Index,Finding Labels,Follow-up #,Patient ID,Patient Age,Patient Gender,View Position\n"
+        "00000001_000.png,Mass,0,1,50,M,PA\n00000002_000.png,No Finding,0,2,50,F,AP\n")
+    with pytest.raises(CourseError, match="(damaged|cannot be opened)(.|\n)*images_003"): fetch("nih", heap)
+    assert not (heap / "images_003").exists()
+    cut.unlink()
+    frame = load_dataset(fetch("nih", heap), sizes=False)
+    assert len(frame) == 2 and frame["Mass"].tolist() == [1, 0]
+    assert not unpack_beside(heap)                                        # and nothing is unpacked twice
+
+
+def test_a_download_that_was_stopped_at_its_very_end_is_finished(server, tmp_path, monkeypatch):
+    import hashlib
+    good = facts(server, "md5:" + hashlib.md5(Server.content).hexdigest())
+    Server.breaks = True
+    with pytest.raises(CourseError): fetch(good, tmp_path)
+    part = next(tmp_path.glob(".*.part"))
+    part.write_bytes(Server.content)
+    Server.breaks, Server.full = False, True
+    assert fetch(good, tmp_path).read_bytes() == Server.content
+    Server.full = False
+
+
+def test_published_counts_beside_what_is_here():
+    def images(**by_split):
+        return make_frame([dict(path=f"{s}{c}{i}.png", split=s, label=c) for s, said in by_split.items()
+                           for c, n in said.items() for i in range(n)], unknown="image")
+    found = lambda frame, name: compare_counts(frame, name).set_index(["split", "class"])["found"].to_dict()
+    whole = {s: c for s, c in REGISTRY["mendeley"].counts.items()}
+    same = compare_counts(images(**whole), "mendeley")
+    assert (same["published"] == same["found"]).all() and len(same) == 7
+    two = {s: {"NORMAL": c["NORMAL"], "PNEUMONIA": c["BACTERIA"] + c["VIRUS"]} for s, c in whole.items()}
+    same = compare_counts(images(**two), "mendeley")
+    assert (same["published"] == same["found"]).all() and set(same["class"]) == {"NORMAL", "PNEUMONIA", "all"}
+    one_less = images(**whole).iloc[1:]
+    less = compare_counts(one_less, "mendeley").query("published != found")
+    assert less[["split", "class", "published", "found"]].to_numpy().tolist() == [
+        ["train", "NORMAL", 1349, 1348], ["all", "all", 5856, 5855]]
+    few = images(train={"Normal": 2, "COVID-19": 3, "Non-COVID": 1}, test={"Normal": 4})
+    assert found(few, "covid") == {("train", "all"): 6, ("val", "all"): 0, ("test", "all"): 4,
+                                   ("all", "Normal"): 6, ("all", "Non-COVID"): 1, ("all", "COVID-19"): 3,
+                                   ("all", "all"): 10}
+    two = few[few["label"] != "Non-COVID"].drop(columns="group").astype({"label": str})
+    two = make_frame(two, labels=["Normal", "COVID-19"], unknown="image")
+    assert found(two, "covid") == {("all", "Normal"): 6, ("all", "COVID-19"): 3}    # what speaks of those two
+    with pytest.raises(CourseError, match="unknown data set"): compare_counts(few, "cuvid")
 
 
 def test_the_registry_adds_up():
@@ -623,6 +763,7 @@ def test_real_kaggle(real_data):
     # one folder higher
     assert load_dataset(real_data / "kaggle")["path"].tolist() == f["path"].tolist()
     start = time.perf_counter()
+    assert compare_counts(f, "kaggle").set_index(["split", "class"])["found"][("val", "NORMAL")] == 8
     r = check_dataset(f, against="kaggle")
     assert time.perf_counter() - start < 60
     assert r.bad.empty and len(r.pairs) == r.pairs["equal"].sum() == 26

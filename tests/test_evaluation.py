@@ -14,8 +14,9 @@ from sklearn import metrics
 
 from cxr_course.core import CourseError, rng
 from cxr_course.evaluation.breakdown import (
-    classification_report, metrics_by_size, error_breakdown, evaluate, subgroups,
+    age_bands, classification_report, metrics_by_size, error_breakdown, evaluate, subgroups,
 )
+from cxr_course.evaluation.mined_labels import judge_mined_labels
 from cxr_course.evaluation.metrics import (
     auc_by_task, compare_models, confusion_matrix, predict_labels, binary_metrics, macro_auc,
     operating_points,
@@ -364,6 +365,72 @@ def test_small_groups_are_not_spoken_of():
     # the view does not vary, so it is passed over
     assert set(g["by"]) == {"age", "sex", "source", "size"}
     assert g.loc[g["by"] == "size", ["group", "images"]].drop_duplicates()["images"].sum() == 200
+
+
+def test_mined_labels_by_hand():
+    "Six images of three patients, in another order in the second frame; one image is in one frame only."
+    said = dict(a=(1, 0), b=(0, 1), c=(0, 0), d=(1, 1), e=(0, 0), f=(0, 0))
+    seen = dict(f=1., e=0., d=1., c=0., b=1., a=0., g=1.)
+    who = dict(a="1", b="1", c="2", d="2", e="3", f="3", g="4")
+    mined = make_frame([dict(path=f"here/{n}.png", patient=who[n], Nodule=float(x), Mass=float(y))
+                        for n, (x, y) in said.items()], findings=["Nodule", "Mass"])
+    read = make_frame([dict(path=f"{n}.png", patient=who[n], Lump=x) for n, x in seen.items()],
+                      findings=["Lump"])
+    found = judge_mined_labels(mined, read, {"Lump": ("Nodule", "Mass")}).loc["Lump"]
+    # called: a, b, d; there: b, d, f
+    assert (found["images"], found["patients"], found["mined"], found["radiologists"]) == (6, 3, .5, .5)
+    values = [round(found[c].value, 4) for c in ("sensitivity", "specificity", "PPV", "kappa")]
+    assert values == [.6667, .6667, .6667, .3333]
+    read.loc[read["path"] == "b.png", "Lump"] = np.nan                # nobody answered: not counted as a no
+    found = judge_mined_labels(mined, read, {"Lump": ("Nodule", "Mass")}).loc["Lump"]
+    assert found["images"] == 5 and round(found["sensitivity"].value, 4) == .5
+
+
+def test_intervals_of_mined_labels_are_by_patient():
+    "The same images ten times over, of the same patients, teach nothing new."
+    draw = np.random.default_rng(3)
+    rows = [dict(path=f"{i}-{{}}.png", patient=str(i), x=float(draw.random() < .5)) for i in range(60)]
+    once, often = ([dict(r, path=r["path"].format(n)) for r in rows for n in range(k)] for k in (1, 10))
+    wide, same = (judge_mined_labels(make_frame([dict(r, x=r["x"] * (int(r["patient"]) % 3 > 0)) for r in f],
+                                                findings=["x"]), make_frame(f, findings=["x"]),
+                                     {"x": ["x"]}).loc["x", "sensitivity"] for f in (once, often))
+    assert np.allclose(wide[:3], same[:3]) and wide.high - wide.low > .2
+
+
+def test_mined_labels_that_cannot_be_compared_are_refused():
+    frame = make_frame([dict(path=f"{i}.png", patient="1", Nodule=1.) for i in range(3)], findings=["Nodule"])
+    with pytest.raises(CourseError, match="no finding 'Mass'"):
+        judge_mined_labels(frame, frame, {"Nodule": ["Nodule", "Mass"]})
+    with pytest.raises(CourseError, match="same name"):
+        judge_mined_labels(pd.concat([frame, frame], ignore_index=True), frame, {"Nodule": ["Nodule"]})
+    with pytest.raises(CourseError, match="no image is in both"):
+        judge_mined_labels(frame, frame.assign(path="x" + frame["path"]), {"Nodule": ["Nodule"]})
+
+
+def test_real_mined_labels_are_those_that_were_written_down(real_data, root):
+    "Counted here without the library, from the table that holds both answers."
+    table = next((real_data / "nih").rglob("google2019*"), None)
+    if table is None: pytest.skip("no table of images that were read again")
+    both = pd.read_csv(table)
+    kept = json.loads((root / "nbs" / "results" / "mined_labels.json").read_text(encoding="utf-8"))["rows"]
+    for row in kept:
+        said = both["Finding Labels"].str.contains("|".join(row["mined_as"]))
+        seen = both[row["finding"]] == "YES"
+        assert row["images"] == len(both) and row["patients"] == both["Patient ID"].nunique()
+        for measure, part, whole in (("sensitivity", said, seen), ("specificity", ~said, ~seen),
+                                     ("PPV", seen, said)):
+            value, low, high = row[measure]
+            assert abs(value - (part & whole).sum() / whole.sum()) < 6e-4 and low < value < high
+
+
+def test_quarters_of_size_that_round_to_the_same_pixels_are_one():
+    "The report of a few images died here: '91 to 91 px' stood there twice."
+    sides = [90., 91., 91., 91.2, 91.3, 95.]
+    bands = age_bands(pd.DataFrame(dict(height=sides, width=sides)), "size")
+    assert bands.notna().all() and bands.cat.categories.is_unique
+    assert bands.value_counts().to_dict() == {"90 to 91 px": 3, "91 to 95 px": 3}
+    alike = pd.DataFrame(dict(height=[90., 90.2], width=[90., 90.2]))
+    assert age_bands(alike, "size").isna().all()
 
 
 def test_subgroups_without_size_or_age_are_quiet():

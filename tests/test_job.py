@@ -91,6 +91,39 @@ def keys(card):
 
 # one content
 
+def test_the_size_that_nobody_said():
+    "Small images stay small, large ones become 128; a finished network knows its own, a backbone its least."
+    from types import SimpleNamespace
+
+    from cxr_course.data.resize import default_shape
+    from cxr_course.training.job import _own_shape
+    frame = lambda h, w: pd.DataFrame(dict(path="x.png", height=h, width=w))
+    assert default_shape(frame([28, 28, 28], [28, 28, 28])) == (28, 28)
+    assert default_shape(frame([64, 500, 90], [80, 700, 70])) == (70, 70)      # the median of 64, 500, 70
+    assert default_shape(frame([1024, 900], [800, 1200])) == (128, 128)
+    assert default_shape(frame([28, 28], [28, None])) == (28, 28)                    # a size that nobody read
+    told = []
+    assert _own_shape(frame([28], [28]), "smallnet", None, told.append) == (28, 28) and "28 x 28" in told[0]
+    assert _own_shape(frame([28], [28]), "smallnet", "vgg16", told.append) == (32, 32)
+    built = SimpleNamespace(input_shape=(None, 96, 80, 1))
+    assert _own_shape(frame([28], [28]), built, None, told.append) == (96, 80)
+    told.clear()
+    assert _own_shape(frame([500], [400]), "smallnet", None, told.append) == (128, 128) and not told
+
+
+def test_sizes_that_nobody_read_are_read_from_some_headers(tmp_path):
+    from PIL import Image
+
+    from cxr_course.data.resize import default_shape
+    paths = []
+    for i in range(60):
+        Image.new("L", (40, 30)).save(tmp_path / f"{i:02d}.png")
+        paths.append(str(tmp_path / f"{i:02d}.png"))
+    (tmp_path / "00.png").write_text("no image")
+    frame = pd.DataFrame(dict(path=paths, height=None, width=None))
+    assert default_shape(frame) == (30, 30)
+
+
 def test_all_doors_leave_the_same_files(python, terminal, listed):
     assert content(python) == content(terminal) == content(listed) == CONTENT
     for run in (python, terminal, listed):

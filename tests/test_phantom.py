@@ -72,6 +72,27 @@ def test_what_is_written_is_read_back(tmp_path, layout, kind):
         assert set(frame["label"]) <= {"NORMAL", "BACTERIA", "VIRUS", "PNEUMONIA"}
 
 
+@pytest.mark.parametrize("kind", ["covid", "pneumonia"])
+@pytest.mark.parametrize("patients", [25, 36, 60])
+def test_no_class_is_missing_from_a_split_of_a_small_population(kind, patients):
+    "By chance alone, several of these would have no patient of a class to judge."
+    for seed in range(6):
+        plan = population(patients, seed=seed, kind=kind)
+        people = plan.drop_duplicates("patient").groupby(["label", "split"], observed=False).size().unstack()
+        assert (people > 0).all(axis=None) and people.shape == (3, 3), (seed, people)
+        assert plan.groupby("patient")["split"].nunique().max() == 1
+
+
+def test_only_classes_that_are_missing_are_moved_and_only_into_splits_that_were_asked_for():
+    plan = population(25, seed=2, split=(.8, 0., .2))
+    assert set(plan["split"]) == {"train", "test"}
+    few = population(4, seed=0, kind="covid").drop_duplicates("patient").set_index("label")["split"]
+    assert set(few["Normal"]) == {"train", "val", "test"} and few["Non-COVID"] == "train"      # three and one
+    large, drawn = (population(n, seed=0, kind="covid").drop_duplicates("patient") for n in (100, 60))
+    both = drawn.merge(large, on="patient")
+    assert (both["split_x"] != both["split_y"]).sum() == 1                 # a COVID-19 for the test, of sixty
+
+
 def test_boxes_enclose_the_truth(tmp_path):
     plan = population(10, seed=4, kind="nih", images=(1, 1), pixels=96)
     folder = write_dataset(plan, tmp_path / "nih", "nih")

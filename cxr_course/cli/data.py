@@ -13,7 +13,7 @@ import typer
 
 from .app import app
 from cxr_course.cli.options import (
-    Classes, Columns, Findings, Name, Seed, SkipBad, load_frame, parse_size, refuse_existing,
+    Classes, Columns, Findings, Name, Seed, Size, SkipBad, load_frame, parse_size, refuse_existing,
 )
 
 # %% auto #0
@@ -37,7 +37,7 @@ def data_list() -> None:
     from cxr_course.show import table
     typer.echo(repr(table(registry().drop(columns="fingerprint"))))
     typer.echo("\n'sample' and its like are simulated on this machine when first used. "
-               "For the others: cxr-course data show FOLDER, once you have the folder.")
+               "The others: cxr-course data fetch NAME brings them, or says how to get them.")
 
 # %% ../../nbs/library/cli/data.ipynb #b3bf6cae
 @data_app.command("show")
@@ -96,6 +96,8 @@ def data_check(
         "decoded.")] = False,
     beside: Annotated[str | None, typer.Option(metavar="NAME|FOLDER", help="Another data set: are its images "
         "among these?", show_default=False)] = None,
+    against: Annotated[str | None, typer.Option(metavar="NAME", help="A name of 'data list': print its "
+        "published counts beside those found here; a difference is a problem.", show_default=False)] = None,
 ) -> None:
     """Check a data set: unreadable files, empty splits, duplicates, patients on both sides. Exit code 1 if
     anything was found.
@@ -105,10 +107,17 @@ def data_check(
       cxr-course data check path/to/chest_xray
       cxr-course data check path/to/chest_xray --quick
       cxr-course data check path/to/covid_set --beside path/to/chest_xray
+      cxr-course data check path/to/chest_xray --quick --against kaggle
     """
     from cxr_course.data.checks import check_dataset
     other = None if beside is None else load_frame(beside)
-    report = check_dataset(load_frame(name, classes, columns, findings), pixels=not quick, beside=other)
+    frame = load_frame(name, classes, columns, findings)
+    if against is not None:
+        from cxr_course.data.counts import compare_counts
+        from cxr_course.show import table
+        counts = compare_counts(frame, against)
+        typer.echo(repr(table(counts.set_index(["split", "class"]), f"published counts of {against}")) + "\n")
+    report = check_dataset(frame, against, pixels=not quick, beside=other)
     typer.echo(repr(report))
     for row in report.bad.to_dict("records"):
         typer.echo(f"{row['path']}: {row['error']}")
@@ -178,8 +187,7 @@ def data_augment(
 @data_app.command("decode")
 def data_decode(
     name: Name,
-    size: Annotated[str, typer.Option(metavar="PIXELS", help="Images are cropped and resized to this: 128, "
-        "or HEIGHTxWIDTH.")] = "128",
+    size: Size = None,
     workers: Annotated[int, typer.Option(min=1, max=256, help="Processes; one needs no extra.")] = 1,
     address: Annotated[str | None, typer.Option(metavar="ADDRESS", help="Of a running Ray cluster whose "
         "hosts see the same files, or 'auto'.", show_default="this machine")] = None,
@@ -196,7 +204,10 @@ def data_decode(
       cxr-course data decode path/to/nih --size 224 --workers 8
       cxr-course data decode /shared/nih --size 224 --workers 32 --address auto
     """
-    frame, shape = load_frame(name, classes, columns), parse_size(size)
+    from cxr_course.data.resize import default_shape
+    asked = size and parse_size(size)
+    frame = load_frame(name, classes, columns)
+    shape = asked or default_shape(frame)
     if workers == 1 and address is None:
         from cxr_course.data.building import build_store
         store = build_store(frame, shape, out, skip_bad)

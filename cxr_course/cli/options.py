@@ -12,11 +12,12 @@ from typing import Annotated
 import typer
 
 # %% auto #0
-__all__ = ['NAMES', 'Name', 'Data', 'Classes', 'Columns', 'Findings', 'SkipBad', 'Run', 'Seed', 'Unknown', 'Resplit',
+__all__ = ['NAMES', 'Name', 'Data', 'Classes', 'Columns', 'Findings', 'SkipBad', 'Run', 'Seed', 'Size', 'Unknown', 'Resplit',
            'UnknownChoice', 'load_frame', 'parse_pairs', 'free_path', 'refuse_existing', 'parse_size']
 
 # %% ../../nbs/library/cli/options.ipynb #d7783f1a
-NAMES = "'sample', 'sample-nih', 'sample-covid', or a folder, .csv or .npz of your own."
+NAMES = ("'sample', 'sample-nih', 'sample-covid', a set that 'data fetch' brought, or a folder, .csv or .npz "
+         "of your own.")
 Name = Annotated[str, typer.Argument(metavar="NAME|FOLDER", help=NAMES)]
 Data = Annotated[str, typer.Option(metavar="NAME|FOLDER", help=f"Images to learn from: {NAMES}")]
 Classes = Annotated[int | None, typer.Option(min=2, max=3, help="2: healthy or pneumonia. 3: bacterial and "
@@ -29,6 +30,11 @@ SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Go on without files t
         "listed.")]
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="A folder that 'cxr-course train' made.")]
 Seed = Annotated[int, typer.Option(help="Random seed: same seed, same result.")]
+
+# train_job and default_shape hold the rule
+Size = Annotated[str | None, typer.Option(metavar="PIXELS", help="Images are cropped and resized to "
+        "this: 128, or HEIGHTxWIDTH. Small images are not enlarged unless you say so: their own size is the "
+        "median of their shorter sides.", show_default="128, or the images' own size if that is smaller")]
 
 class UnknownChoice(str, Enum):
     "What an image without a patient is taken for."

@@ -118,8 +118,9 @@ def tune_command(
     minutes: Annotated[float | None, typer.Option(min=0.1, help="No trial starts after so long; earlier "
         "sittings count.", show_default="no limit")] = None,
     out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the search goes.")] = Path("runs/search"),
-    size: Annotated[str, typer.Option(metavar="PIXELS", help="Images are cropped and resized to this: 64, or "
-        "HEIGHTxWIDTH. As published: 180.")] = "64",
+    size: Annotated[str | None, typer.Option(metavar="PIXELS", help="Images are cropped and resized to this: "
+        "64, or HEIGHTxWIDTH. As published: 180. Small images are not enlarged unless you say so.",
+        show_default="64, or the images' own size if that is smaller")] = None,
     space: Annotated[SpaceChoice, typer.Option(help="large: 32 to 256 filters, as published; small: a "
         "quarter of them.")] = SpaceChoice.large,
     executions: Annotated[int, typer.Option(min=1, help="Trainings of each network with different random "
@@ -149,13 +150,15 @@ def tune_command(
     """
     if not resume:
         _refuse_search(out)
-    shape = parse_size(size)
+    shape = size and parse_size(size)
     frame = load_frame(data, classes, columns, unknown=unknown.value)
+    from cxr_course.data.resize import default_shape
     from cxr_course.training.job import start_tensorflow
     from cxr_course.training.preparing import prepare
     from cxr_course.training.search_space import SMALL, SYSTEM_E
     from cxr_course.training.tuning import search
     typer.echo(f"{data}:")
+    shape = shape or default_shape(frame, 64)
     store = prepare(frame, shape, seed=seed, resplit=resplit, skip_bad=skip_bad, say=typer.echo)
     start_tensorflow()
     options = dict(trials=trials, epochs=epochs, minutes=minutes, executions=executions, folds=folds,

@@ -15,7 +15,7 @@ import typer
 from .app import app
 from cxr_course.cli.options import (
     Classes, Columns, Data, Findings, Resplit, Run, Seed, SkipBad, Unknown, UnknownChoice, free_path,
-    load_frame, parse_size, refuse_existing,
+    Size, load_frame, parse_size, refuse_existing,
 )
 
 # %% auto #0
@@ -74,8 +74,7 @@ def train_command(
     findings: Findings = None,
     loss: Annotated[LossChoice, typer.Option(help="plain: every mistake costs alike. weighted: rare findings "
         "and classes cost more. focal: easy images cost less.")] = LossChoice.plain,
-    size: Annotated[str, typer.Option(metavar="PIXELS", help="Images are cropped and resized to this: 128, "
-        "or HEIGHTxWIDTH.")] = "128",
+    size: Size = None,
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the training images, at most.")] = 20,
     patience: Annotated[int | None, typer.Option(min=1, help="Stop after so many epochs without a lower "
         "validation loss.", show_default="the recipe's: 5, or 20")] = None,
@@ -112,7 +111,7 @@ def train_command(
     """
     out = out or Path("runs", f"{Path(data).stem or 'data'}-{backbone or model}")
     refuse_existing(out)
-    shape, strategy = parse_size(size), _team()
+    shape, strategy = size and parse_size(size), _team()
     frame = load_frame(data, classes, columns, findings, unknown.value)
     from cxr_course.training.job import train_job
     asked = dict(model=model, backbone=backbone, weights=weights, fallback=fallback and fallback.value,

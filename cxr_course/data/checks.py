@@ -14,10 +14,10 @@ import numpy as np
 import pandas as pd
 
 from ..core import CourseError, progress
+from .counts import compare_counts
 from .duplicates import near_duplicates, perceptual_hash, thumbnail
 from .files import decode_file
 from .read import read_image
-from .registry import REGISTRY
 from .resize import resize
 from ..frame import SPLITS, Task
 from ..show import show_images, table
@@ -118,14 +118,9 @@ def _patient_problems(df: pd.DataFrame, task: Task) -> list[dict]:
 
 def _count_problems(df: pd.DataFrame, against: str) -> list[dict]:
     "Counts that are not what the registry says."
-    rows = []
-    for s, want in REGISTRY[against].counts.items():
-        part = df[df["split"] == s]
-        for c, n in want.items() if isinstance(want, dict) else [("images", want)]:
-            have = len(part) if c == "images" else int((part["label"] == c).sum())
-            if have != n:
-                rows.append(_problem(f"{s} {c}: {n:,} in the registry, {have:,} here", have))
-    return rows
+    return [_problem(f"{row.split} {row.kind}: {row.published:,} published, {row.found:,} here", row.found)
+            for row in compare_counts(df, against).rename(columns={"class": "kind"}).itertuples()
+            if row.published != row.found]
 
 # %% ../../nbs/library/data/checks.ipynb #97ea1fb4
 def check_dataset(
@@ -137,8 +132,8 @@ def check_dataset(
     workers: int | None = None, # threads; default: one a core
 ): # a Check
     "Everything that is wrong with a set of images, found in one go."
-    if against and against not in REGISTRY:
-        raise CourseError(f"unknown data set {against!r}", None, f"the known ones are {', '.join(REGISTRY)}")
+    if against:
+        compare_counts(frame, against)                       # an unknown name is told before images are read
     df, bad = frame.reset_index(drop=True), pd.DataFrame(columns=["path", "error"])
     pairs = pd.DataFrame(columns=["a", "b", "alike", "equal"])
     if pixels:

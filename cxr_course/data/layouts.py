@@ -11,7 +11,7 @@ from pathlib import Path
 import pandas as pd
 
 from ..core import CourseError, cache_dir
-from .download import unpack
+from .archives import unpack
 from .files import file_key
 
 # %% auto #0
@@ -97,12 +97,13 @@ def is_nih_table(table: Path) -> bool:
 def data_root(
     folder: Path, # what the reader gave
 ) -> Path: # the folder that holds the images
-    "Down through `chest_xray` and single wrapping folders, never into a second copy."
+    "Down through `chest_xray`, COVID-QU-Ex's lungs and single wrapping folders, never into a second copy."
     for _ in range(4):
         if split_folders(folder) or label_tables(folder) or (folder / "truth.csv").exists():
             return folder
         below = subfolders(folder)
-        inner = [p for p in below if p.name.lower() in ("chest_xray", "chestxray", "cxr")]
+        known = ("chest_xray", "chestxray", "cxr", "lung segmentation data")
+        inner = [p for p in below if p.name.lower() in known]
         inner = inner or (below if len(below) == 1 and subfolders(below[0]) else [])
         if not inner:
             return folder

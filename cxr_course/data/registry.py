@@ -31,6 +31,10 @@ class DatasetFacts:
     licence: str = ""
     citation: str = ""
     note: str = "" # what one has to know
+    classes: dict = field(default_factory=dict) # class -> images in all, where the splits do not say
+    kaggle: str = "" # what Kaggle's client calls it: owner/name
+    files: tuple[str, str] | tuple = () # Mendeley Data's list of files, and the name of the one to take
+    by_hand: str = "" # what somebody downloads who gets it by hand
 
 # %% ../../nbs/library/data/registry.ipynb #feeb8305
 _KERMANY = ("Kermany, D. S. et al. Identifying medical diagnoses and treatable diseases by "
@@ -106,7 +110,9 @@ REGISTRY = {
             },
             5856,
             None,
-            "https://www.kaggle.com/datasets/paultimothymooney/chest-xray-pneumonia",
+            url="https://www.kaggle.com/datasets/paultimothymooney/chest-xray-pneumonia",
+            kaggle="paultimothymooney/chest-xray-pneumonia",
+            by_hand="the zip",
             licence="CC BY 4.0",
             citation=_KERMANY,
             note="children of 1 to 5 years, one hospital; 32 exact duplicates; the zip holds __MACOSX and a "
@@ -114,7 +120,7 @@ REGISTRY = {
         ),
         DatasetFacts(
             "mendeley",
-            "Labeled OCT and Chest X-Ray Images, v3",
+            "Labeled OCT and Chest X-Ray Images",
             "mendeley",
             ("NORMAL", "BACTERIA", "VIRUS"),
             {
@@ -123,10 +129,14 @@ REGISTRY = {
             },
             5856,
             3081,
-            "https://data.mendeley.com/datasets/rscbjbr9sj/3",
+            url="https://data.mendeley.com/datasets/rscbjbr9sj/2",
+            files=("https://data.mendeley.com/public-api/datasets/rscbjbr9sj/files?folder_id=root&version=2",
+                   "ChestXRay2017.zip"),
+            by_hand="ChestXRay2017.zip, 1.2 GB",
             licence="CC BY 4.0",
             citation=_KERMANY,
-            note="leave the OCT half out; patients are in the names: 2,650 in training, 431 in test",
+            note="version 2 has the chest images in a zip of their own, version 3 one zip of 8 GB with the "
+                 "OCT half; patients are in the names: 2,650 in training, 431 in test",
         ),
         DatasetFacts(
             "nih",
@@ -136,7 +146,9 @@ REGISTRY = {
             {"train": 86524, "test": 25596},
             112120,
             30805,
-            "https://nihcc.app.box.com/v/ChestXray-NIHCC",
+            url="https://nihcc.app.box.com/v/ChestXray-NIHCC",
+            by_hand="images_001.tar.gz to images_012.tar.gz of its folder `images`, "
+                    "Data_Entry_2017_v2020.csv, BBox_List_2017.csv and both lists",
             licence="open, with attribution to the NIH Clinical Center",
             citation=_WANG,
             note="labels mined from reports; official patient-wise lists; 984 boxes on 880 images, 8 "
@@ -148,10 +160,13 @@ REGISTRY = {
             "COVID-QU-Ex",
             "covid",
             ("Normal", "Non-COVID", "COVID-19"),
-            {},
+            {"train": 21715, "val": 5417, "test": 6788},
             33920,
             None,
-            "https://www.kaggle.com/dsv/3122958",
+            classes={"Normal": 10701, "Non-COVID": 11263, "COVID-19": 11956},
+            url="https://www.kaggle.com/datasets/anasmohammedtahir/covidqu",
+            kaggle="anasmohammedtahir/covidqu",
+            by_hand="the zip",
             licence="mixed terms of its sources",
             citation=_TAHIR,
             note="gathered from many sources; no patient is known; a public COVID set's 'normals' contain "

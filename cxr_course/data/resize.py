@@ -8,12 +8,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 
-from ..core import atomic
+from ..core import CourseError, atomic
+from .files import image_shape
 from .read import read_image
 
 # %% auto #0
-__all__ = ['crop_to_aspect', 'resize', 'crop_resize', 'letterbox', 'to_png']
+__all__ = ['crop_to_aspect', 'resize', 'crop_resize', 'letterbox', 'to_png', 'default_shape']
 
 # %% ../../nbs/library/data/resize.ipynb #9355a641
 def crop_to_aspect(
@@ -81,3 +83,24 @@ def to_png(
     with atomic(target) as part:
         Image.fromarray((np.clip(x, 0, 1) * 255).round().astype(np.uint8)).save(part, format="PNG")
     return Path(target)
+
+# %% ../../nbs/library/data/resize.ipynb #6c4be919
+def default_shape(
+    frame: pd.DataFrame, # a frame of images; where it has no sizes, 50 headers are read
+    most: int = 128, # pixels; larger images are made this small
+) -> tuple[int, int]: # (h, w), a square: the smaller of `most` and the median shorter side
+    "The size to decode images at when none was asked for; nothing is enlarged."
+    sides = frame[["height", "width"]].astype(float).min(axis=1, skipna=False).dropna()
+    if not len(sides):
+        sides = pd.Series([min(shape) for p in frame["path"].iloc[::-(-len(frame) // 50)]
+                           if (shape := _header(p))], dtype=float)
+    side = min(most, int(sides.median())) if len(sides) else most
+    return side, side
+
+# %% ../../nbs/library/data/resize.ipynb #db1cc310
+def _header(path: str) -> tuple[int, int] | None:
+    "The size of an image; None if it is no image, which others tell."
+    try:
+        return image_shape(path)
+    except CourseError:
+        return None

@@ -90,6 +90,8 @@ def _size_quarters(images):
         return nothing
     side = np.sqrt(images["height"].astype(float) * images["width"].astype(float))
     edges = np.unique(np.nanquantile(side, [0, .25, .5, .75, 1])) if side.notna().any() else np.array([])
+    _, first = np.unique(edges.round(), return_index=True)            # quarters that a reader can tell apart
+    edges = np.r_[edges[first[:-1]], edges[-1:]]
     if len(edges) < 2:
         return nothing
     names = [f"{lo:.0f} to {hi:.0f} px" for lo, hi in zip(edges, edges[1:])]

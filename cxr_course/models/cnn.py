@@ -104,7 +104,8 @@ def layer_table(
             rows.append((f"pool{i}", h, w, c, 0))
         if min(h, w) < 1:
             raise CourseError(f"images of {shape[0]} x {shape[1]} are too small for the model {name!r}",
-                              f"convolution {i}", "use larger images, fewer convolutions or padding='same'")
+                              f"convolution {i}", "use larger images, fewer convolutions or padding='same'",
+                              "give a larger --size, or another --model")
     maps = [dict(layer=at, size=f"{h} x {w} x {c}", parameters=n) for at, h, w, c, n in rows]
     inputs = c if s.head == "gap" else h * w * c
     return pd.concat([pd.DataFrame(maps), dense_table((*s.dense, outputs), inputs)], ignore_index=True)

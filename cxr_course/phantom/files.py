@@ -132,7 +132,7 @@ def _write_dicom(row: dict, picture: np.ndarray, path: Path) -> None:
     ds.save_as(path, enforce_file_format=True)
 
 # %% ../../nbs/library/phantom/files.ipynb #5d9b1175
-PHANTOM_VERSION = 2   # of the drawing: raise it when images or columns change, and old caches are left alone
+PHANTOM_VERSION = 3   # of the drawing: raise it when images or columns change, and old caches are left alone
 
 def sample_dataset(
     kind: str = "pneumonia", # one of KINDS

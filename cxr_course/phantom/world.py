@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 
 from ..core import CourseError, rng
+from ..frame import SPLITS
 from .anatomy import chest_anatomy
 from .exposure import HOSPITALS, attenuate, chest_state, expose, stamp_markers
 from .findings import FINDINGS, PNEUMONIAS, add_finding, disturb_anatomy
@@ -96,9 +97,11 @@ def population(
     df = pd.DataFrame(rows)
     df["image"] = np.arange(len(df))
     labels, _ = POPULATIONS[kind]
-    if labels: df["label"] = pd.Categorical(df["label"], categories=list(labels))
-    else: df.attrs["findings"] = list(FINDINGS)
-    return df
+    if not labels:
+        df.attrs["findings"] = list(FINDINGS)
+        return df
+    df["label"] = pd.Categorical(df["label"], categories=list(labels))
+    return df.assign(split=_every_class_everywhere(df, split))
 
 # %% ../../nbs/library/phantom/world.ipynb #7ef37953
 def _patient(p, seed, kind, images, *, hospitals, tie, prevalence, pixels, split):
@@ -130,3 +133,16 @@ def _patient(p, seed, kind, images, *, hospitals, tie, prevalence, pixels, split
         yield dict(who, source=place, view=view, **truth,
                    severity=round(float(np.clip(course + g.normal(0, 0.15), 0, 1)), 3) if ill else 0.0,
                    marker=marker, exposure=round(dose, 3), height=high, width=wide)
+
+# %% ../../nbs/library/phantom/world.ipynb #c7bb85b8
+def _every_class_everywhere(df: pd.DataFrame, shares: tuple[float, float, float]) -> pd.Series:
+    "The split of each row; a class with enough patients for all splits is missing from none."
+    people = df.drop_duplicates("patient").set_index("patient")
+    where, used = people["split"].copy(), [s for s, share in zip(SPLITS, shares) if share > 0]
+    for _, mine in people.groupby("label", observed=True):
+        if len(mine) < len(used):
+            continue
+        for missing in [s for s in used if s not in set(mine["split"])]:
+            now = where[mine.index]
+            where[now.index[now == now.value_counts().idxmax()][-1]] = missing
+    return df["patient"].map(where)

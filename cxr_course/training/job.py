@@ -16,6 +16,7 @@ from pathlib import Path
 import pandas as pd
 
 from ..core import CourseError
+from ..data.resize import default_shape
 from ..data.store import ImageStore
 from ..frame import Task
 from .preparing import prepare
@@ -139,13 +140,25 @@ def _fit_options(recipe: str, loss, backbone: str | None, store, seed: int, **sa
         chosen |= dict(loss=made, smoothing=0.)
     return chosen | {key: value for key, value in said.items() if value is not None}
 
+# %% ../../nbs/library/training/job.ipynb #182a213f
+def _own_shape(frame: pd.DataFrame, model, backbone: str | None, say: Callable) -> tuple[int, int]:
+    "The size a network was built for; else that of small images, but no backbone takes less than 32 pixels."
+    if getattr(model, "input_shape", None):
+        return model.input_shape[1:3]
+    side = max(default_shape(frame)[0], 32 if backbone else 1)
+    if side < 128:
+        say(f"the images are small, and enlarging adds nothing: they are decoded at {side} x {side} pixels")
+    return side, side
+
 # %% ../../nbs/library/training/job.ipynb #d262d07b
 def train_job(
     frame: pd.DataFrame | ImageStore, # images with their truth, or a Store of them
     out: str | Path, # the run folder to make; never overwritten
     *,
     model="smallnet", # a name, a description, a Keras model, or a function (input shape, outputs, seed)
-    shape: tuple[int, int] = (128, 128), # (h, w) that images are cropped and resized to; a store has its own
+    # (h, w) that images are cropped and resized to; default: that of a Keras model, else the smaller of 128
+    # and the images' own size (the median of their shorter sides; 32 for a backbone); a store has its own
+    shape: tuple[int, int] | None = None,
     backbone: str | None = None, # instead of `model`: a network of transfer learning
     weights: str | Path = "none", # pretrained, of the backbone: 'none', 'imagenet', 'phantom', or a file
     fallback: str | None = None, # 'phantom' or 'none', if these weights cannot be had
@@ -171,7 +184,8 @@ def train_job(
     _refuse_choices(recipe, loss)
     _refuse_weights_alone(backbone, weights, fallback)
     _refuse_out(out, resume)
-    shape = tuple(frame.shape if isinstance(frame, ImageStore) else shape)
+    decoded = isinstance(frame, ImageStore)
+    shape = tuple(frame.shape if decoded else shape or _own_shape(frame, model, backbone, say))
     store = prepare(frame, shape, seed=seed, resplit=resplit, skip_bad=skip_bad, findings=findings,
                     duplicates=duplicates, before=partial(_try_network, model, backbone, shape, seed),
                     say=say)

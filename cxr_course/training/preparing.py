@@ -15,7 +15,7 @@ from ..core import CourseError, cache_dir
 from ..data.building import build_store
 from ..data.duplicates import near_duplicates, perceptual_hash
 from ..data.read import to_unit
-from ..data.resize import crop_resize
+from ..data.resize import crop_resize, default_shape
 from ..data.splits import hold_out, leakage, refuse_leakage, split_by_patient
 from ..data.store import ImageStore
 from ..frame import SPLITS, Task, groups
@@ -220,7 +220,7 @@ DUPLICATES = ("exact", "near")
 
 def prepare(
     frame: pd.DataFrame | ImageStore, # images with their truth, or decoded ones
-    shape: tuple[int, int] = (128, 128), # (h, w) of the decoded images, pixels; a store has its own
+    shape: tuple[int, int] | None = None, # (h, w) of the decoded images, pixels; default: `default_shape`
     *,
     seed: int = 0, # of a new cut
     resplit: bool = False, # forget the makers' split; cut anew by patient
@@ -238,6 +238,7 @@ def prepare(
     chosen = choose_findings(frame if store is None else store.frame, findings)
     arranged, said = arrange(chosen, seed, resplit=resplit)
     if store is None:
+        shape = shape or default_shape(chosen)
         _refuse_files(arranged, shape, skip_bad)
     said = [f"{len(arranged):,} images", *(f"  {line}" for line in said), repr(split_counts(arranged)), ""]
     say("\n".join(said))
