@@ -15,7 +15,6 @@ import pandas as pd
 
 from ..core import CourseError, atomic, rng
 from ..frame import Task, groups
-from .copies import copied_once
 from .job import train_job
 from .preparing import arrange, open_store
 from .run_folder import can_resume
@@ -116,7 +115,11 @@ def _run_one(e: Experiment, seed: int, images, target: Path) -> None:
         raise KeyboardInterrupt
 
 # %% ../../nbs/library/training/experiments.ipynb #44d81a9d
-PREPARATIONS = {"copies": copied_once}   # name -> a function of a frame and a folder that gives a frame
+def _with_copies(frame: pd.DataFrame, folder: Path) -> pd.DataFrame:
+    from cxr_course.training.copies import copied_once   # needs TensorFlow
+    return copied_once(frame, folder)
+
+PREPARATIONS = {"copies": _with_copies}   # name -> a function of a frame and a folder that gives a frame
 
 # %% ../../nbs/library/training/experiments.ipynb #04cbce12
 def _refuse_unknown(experiments: list[Experiment]) -> None:
