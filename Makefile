@@ -1,6 +1,6 @@
 # Two commands: `make course` runs the course, `make test` proves it. Both do all set-up by themselves.
 .DEFAULT_GOAL := help
-.PHONY: help setup course test check lab docs bench readme outputs measure clean
+.PHONY: help setup course test check lab docs bench results readme outputs measure clean
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
@@ -26,6 +26,7 @@ help:
 	@echo '  make check     everything about one notebook, in under a minute: make check ONLY=07, ONLY=cam'
 	@echo '  make docs      render the site in _site/ with Quarto'
 	@echo '  make bench     speed against the usual ways, as ratios measured in one run'
+	@echo '  make results   the chains of the five systems on real images: make results DATA=path/to/folder'
 	@echo '  make readme    write README.md from nbs/index.ipynb'
 	@echo '  make outputs   run the notebooks and store their results in them'
 	@echo '  make measure   a table of the modules: lines, names, width, functions; REV=v1 for another revision'
@@ -36,6 +37,7 @@ help:
 	@echo 'CXR_COURSE_SIZE=tiny make course    takes minutes, and its figures mean nothing; sample is the default; full takes a night'
 	@echo 'make course ONLY="07 cam"           runs two notebooks, by number, topic, module or a part of the path'
 	@echo 'make test ARGS="-k splits"           runs some tests'
+	@echo 'make results DATA=folder LIST=1      says what would be run; ONLY="system_c system_d" SEEDS=1 for less'
 	@echo 'make course PYTHON=/path/to/python  uses another Python'
 
 setup: $(STAMP)
@@ -79,6 +81,9 @@ docs: $(STAMP)
 
 bench: $(STAMP)
 	@for f in tests/bench_*.py; do echo "$$f"; $(BIN)/python $$f || exit 1; done
+
+results: $(STAMP)
+	@$(BIN)/python -m tools.results $(if $(DATA),"$(DATA)") $(if $(ONLY),--only $(ONLY)) $(if $(SEEDS),--seeds $(SEEDS)) $(if $(LIST),--list)
 
 readme: $(STAMP)
 	@$(BIN)/python -m tools.readme

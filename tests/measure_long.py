@@ -15,6 +15,7 @@ import sys
 import tempfile
 import threading
 import time
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 
@@ -38,10 +39,12 @@ def write(name: str, **found) -> None:
 def system_a(folder: Path) -> None:
     "The eight models of system A, small, three seeds each: what each change gains."
     from cxr_course.training.experiments import run_experiments
-    from cxr_course.training.experiments import system_a as chain
     from cxr_course.training.results import paired_differences
+    from cxr_course.training.systems import OUR_WAY
+    from cxr_course.training.systems import system_a as chain
     images = hold_out(load_dataset("sample", classes=3), fraction=0.2, seed=0)
-    experiments = chain(images=60, more=120, scale=0.5, epochs=8)
+    eight = chain(images=60, more=120, scale=0.5, epochs=8)[:8]
+    experiments = [replace(e, options=e.options | OUR_WAY) for e in eight]
     run_experiments(experiments, images, folder / "system_a", seeds=range(3))
     gains = paired_differences(folder / "system_a")
     write("system_a",

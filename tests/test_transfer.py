@@ -15,9 +15,8 @@ from cxr_course.models.inspect import feature_maps
 from cxr_course.models.pretrained import WeightsUnavailable, _settle, imagenet_file, load_weights
 from cxr_course.models.weights import load_model
 from cxr_course.training.backbones import build_backbone
-from cxr_course.training.transfer import (
-    extract_features, freeze, layer_learning_rates, subsample_patients, train_backbone, unfreeze,
-)
+from cxr_course.training.frozen import extract_features, freeze
+from cxr_course.training.transfer import layer_learning_rates, subsample_patients, train_backbone, unfreeze
 
 FAMILY = {"densenet121": "densenet", "efficientnetb0": "efficientnet", "mobilenetv2": "mobilenet_v2"}
 LIGHT = ("vgg16", "mobilenetv2", "compact")                 # quick to build

@@ -5,10 +5,10 @@
 # %% ../../nbs/library/cli/main.ipynb #a59003f8
 from __future__ import annotations
 
-from . import data, fetch, launch, look, search, train
+from . import data, experiments, fetch, launch, look, search, train
 from .app import app
 
-FAMILIES = (data, fetch, train, look, search, launch)   # importing a family adds its commands to the program
+FAMILIES = (data, fetch, train, look, experiments, search, launch)   # importing one adds its commands
 
 # %% auto #0
 __all__ = ['FAMILIES']

@@ -69,6 +69,8 @@ def train_command(
     fallback: Annotated[FallbackChoice | None,
         typer.Option(help="What to take if these weights cannot be had.",
         show_default="stop and say so")] = None,
+    frozen: Annotated[bool, typer.Option("--frozen", help="The backbone never learns: it looks at each image "
+        "once, and the head learns from that.")] = False,
     out: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Where the run goes; never overwritten.",
         show_default="runs/DATA-MODEL")] = None,
     findings: Findings = None,
@@ -106,6 +108,7 @@ def train_command(
       cxr-course train --data path/to/chest_xray --model separable --recipe strong
       cxr-course train --data path/to/chest_xray --classes 3 --model a5 --size 129x180
       cxr-course train --data path/to/chest_xray --backbone compact --weights phantom
+      cxr-course train --data path/to/chest_xray --backbone vgg16 --weights imagenet --frozen --size 224
       cxr-course train --data path/to/nih --findings all --backbone densenet121 --loss weighted --size 64
       cxr-course train --data mine.csv --columns filename=path,dx=label
     """
@@ -115,7 +118,7 @@ def train_command(
     frame = load_frame(data, classes, columns, findings, unknown.value)
     from cxr_course.training.job import train_job
     asked = dict(model=model, backbone=backbone, weights=weights, fallback=fallback and fallback.value,
-                 recipe=recipe.value, loss=loss.value)
+                 frozen=frozen, recipe=recipe.value, loss=loss.value)
     asked |= dict(epochs=epochs, patience=patience, batch=batch, lr=lr, seed=seed, resplit=resplit,
                   skip_bad=skip_bad, findings=findings)
     typer.echo(f"{data}:")

@@ -29,6 +29,7 @@ SCALINGS = {   # name: factor and offset of each of three channels, for images i
     "torch": ((1 / .229, 1 / .224, 1 / .225), (-.485 / .229, -.456 / .224, -.406 / .225)),
     "tf": (2., -1.),
     "inside": (255., 0.),
+    "none": (1., 0.),
 }
 
 _old = "{}_weights_tf_dim_ordering_tf_kernels_notop.h5".format

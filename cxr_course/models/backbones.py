@@ -48,7 +48,7 @@ def _draw(part, seed: int) -> None:
                 w.assign(type(init).from_config({**config,
                                                  "seed": _seed(seed, "backbone", i, w.name)})(w.shape))
 
-def headless_backbone(backbone: str, shape: tuple, seed: int):
+def headless_backbone(backbone: str, shape: tuple, seed: int, scaling: str | None = None):
     "The backbone: image in, last feature maps out."
     b = backbone_facts(backbone)
     if not b.application: return feature_extractor(build_cnn("separable", shape, 1, seed))
@@ -57,7 +57,7 @@ def headless_backbone(backbone: str, shape: tuple, seed: int):
                           "its maps shrink 32 times: use 32 x 32 at least, better 128 and more")
     image = keras.Input(shape)
     part = getattr(keras.applications, b.application)(include_top=False, weights=None,
-                                                      input_tensor=rescale_layer(image, b.scaling))
+                                                      input_tensor=rescale_layer(image, scaling or b.scaling))
     _draw(part, seed)
     return keras.Model(image, part.output, name="features")
 

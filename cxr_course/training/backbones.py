@@ -63,18 +63,21 @@ def build_backbone(
     seed: int = 0, # of everything that is drawn
     dropout: float | None = None, # in the head; default .2 before a 'flatten' head's last layer, else none
     fallback: str | None = None, # 'phantom' or 'none': what to do if the weights cannot be had; None: raise
+    *,
+    scaling: str | None = None, # of pixels, a key of `SCALINGS`; default: that of the backbone's family
 ): # a Keras model from images to logits, made of `features` and `head`
     "A backbone with its own pixel scaling inside, pretrained if asked, and a new head."
     b = backbone_facts(backbone)
     head = head or b.head
     dropout = (.2 if head == "flatten" else 0.) if dropout is None else dropout
     kind, file, note = find_weights(backbone, weights, fallback)
-    look = headless_backbone(backbone, shape, seed)
+    scaling = scaling or b.scaling
+    look = headless_backbone(backbone, shape, seed, scaling)
     if file is not None: load_weights(look, file)
     decide = keras.Sequential([keras.Input(look.output_shape[1:]),
                                *head_layers(head, outputs, dropout, seed)], name="head")
     model = keras.Sequential([keras.Input(shape), look, decide], name=backbone)
-    model.spec = BackboneSpec(backbone, b.scaling, head, dropout, kind, file and file.name, file
+    model.spec = BackboneSpec(backbone, scaling, head, dropout, kind, file and file.name, file
                               and sha256(file), note)
     return model
 

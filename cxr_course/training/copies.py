@@ -16,7 +16,7 @@ from ..frame import Task, make_frame
 from .augmentation import Augmentation
 
 # %% auto #0
-__all__ = ['write_copies']
+__all__ = ['write_copies', 'copied_once']
 
 # %% ../../nbs/library/training/copies.ipynb #be5c73e2
 def _save_copies(files: list[Path], grey: np.ndarray, draw: Augmentation) -> None:
@@ -53,3 +53,24 @@ def write_copies(
     task = Task.of(frame)
     return make_frame(both, labels=None if task.findings else task.names, findings=task.names if task.findings
                       else None)
+
+# %% ../../nbs/library/training/copies.ipynb #45c633d8
+def copied_once(
+    frame: pd.DataFrame, # images with splits
+    folder: str | Path, # made and filled if it is not there yet
+    **options, # of `write_copies`
+) -> pd.DataFrame: # as `write_copies` gives it
+    "The frame with its changed copies, written once and then found again."
+    folder = Path(folder)
+    if not folder.exists():
+        write_copies(frame, folder, **options)
+    known = pd.read_csv(folder / "copies.csv", usecols=["path", "meta_copy_of"], dtype=str)
+    train = frame[frame["split"] == "train"].set_index("path", drop=False)
+    if set(known["meta_copy_of"]) != set(train.index):
+        raise CourseError("the copies in this folder are those of other images", folder,
+                          "use another folder, or remove it yourself")
+    files = [str(folder / Path(name).name) for name in known["path"]]
+    copies = train.loc[known["meta_copy_of"]]
+    copies = copies.assign(path=files, meta_copy_of=copies["path"].to_numpy())
+    task, both = Task.of(frame), pd.concat([frame.assign(meta_copy_of=None), copies], ignore_index=True)
+    return make_frame(both, **{"findings" if task.findings else "labels": task.names})

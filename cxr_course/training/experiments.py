@@ -14,13 +14,13 @@ from pathlib import Path
 import pandas as pd
 
 from ..core import CourseError, atomic, rng
-from ..frame import groups
+from ..frame import Task, groups
 from .job import train_job
 from .preparing import arrange, open_store
 from .run_folder import can_resume
 
 # %% auto #0
-__all__ = ['Experiment', 'changed', 'system_a', 'subsample_training', 'run_experiments']
+__all__ = ['PREPARATIONS', 'Experiment', 'changed', 'subsample_training', 'run_experiments']
 
 # %% ../../nbs/library/training/experiments.ipynb #61ec92be
 @dataclass(frozen=True)
@@ -31,8 +31,10 @@ class Experiment:
     parent: str | None = None # the experiment it changes
     model: str = "a1" # a name of `CNN_SPECS`
     shape: tuple[int, int] = (129, 180) # (h, w) of the images
-    images: int | None = None # training images of each class; None: all there are
-    options: dict = field(default_factory=dict) # for `train_job`: epochs, lr, loss, recipe, smoothing ...
+    images: int | None = None # training images of each class (of findings: in all); None: all there are
+    # for `train_job`: epochs, lr, loss, recipe, backbone, augment ...; what a JSON file can hold
+    options: dict = field(default_factory=dict)
+    prepare: str | None = None # what is done to the training images first: a name in `PREPARATIONS`
 
 # %% ../../nbs/library/training/experiments.ipynb #3ea5c1d4
 def changed(
@@ -44,49 +46,29 @@ def changed(
     "The parent with one change."
     options = parent.options | values.pop("options", {})
     changed = replace(parent, name=name, change=change, parent=parent.name, options=options, **values)
-    if (changed.model, changed.shape, changed.images, changed.options) == (parent.model, parent.shape,
-            parent.images, parent.options):
+    if replace(parent, name=name, change=change, parent=parent.name) == changed:
         raise CourseError(f"the experiment {name!r} changes nothing", f"after {parent.name!r}",
-                          "give the field that differs: model, shape, images or options")
+                          "give the field that differs: model, shape, images, prepare or options")
     return changed
-
-# %% ../../nbs/library/training/experiments.ipynb #92036dfc
-def system_a(
-    images: int | None = None, # training images of each class in models 1 to 6 and 8
-    more: int | None = None, # and in model 7; system A had 800
-    scale: float = 1., # of the images; 1 is 129 x 180
-    epochs: int = 80, # at most
-) -> list[Experiment]: # its eight models, each one change after another
-    "The eight experiments of system A."
-    size = lambda h, w: (round(h * scale), round(w * scale))
-    one = Experiment("A1", model="a1", shape=size(129, 180), images=images,
-                     options=dict(epochs=epochs, batch=30, lr=.01))
-    two = changed(one, "A2", "RMSprop instead of SGD", model="a2", options=dict(lr=.001))
-    three = changed(two, "A3", "dropout .2", model="a3")
-    four = changed(three, "A4", "L2 penalty .005", model="a4")
-    five = changed(four, "A5", "one block fewer, dense layer of 64", model="a5")
-    return [one, two, three, four, five, changed(five, "A6", "larger images", model="a6",
-                                                 shape=size(172, 240)),
-            changed(five, "A7", "more training images", model="a7", images=more),
-            changed(five, "A8", "L2 penalty .008", model="a8")]
 
 # %% ../../nbs/library/training/experiments.ipynb #1c1f985e
 def subsample_training(
     frame: pd.DataFrame, # images with validation and test already cut off
-    images: int | None, # of each class for training; None: all
+    images: int | None, # of each class (of findings: in all) for training; None: all
     seed: int = 0, # which patients are drawn
 ) -> pd.DataFrame: # the same validation and test, fewer training images
     "Take so many training images of each class, patient by patient, and leave validation and test alone."
     if images is None:
         return frame
     train, rest = frame[frame["split"] == "train"], frame[frame["split"] != "train"]
-    keys = groups(train)
+    keys, of_each = groups(train), "" if Task.of(frame).findings else " of each class"
     order = pd.Series({key: rng(seed, "prepare", key).random() for key in keys.unique()})
-    drawn = train.assign(order=keys.map(order)).sort_values(["order", "path"]).groupby("label", observed=True)
+    drawn = train.assign(order=keys.map(order)).sort_values(["order", "path"])
+    drawn = drawn.groupby("label" if of_each else "split", observed=True)
     there = drawn.size()
     if (there < images).any():
         counts = ", ".join(f"{label}: {n}" for label, n in there.items())
-        raise CourseError(f"there are not {images} training images of each class", counts,
+        raise CourseError(f"there are not {images} training images{of_each}", counts,
                           f"ask for {there.min()} at most")
     return pd.concat([frame.loc[drawn.head(images).index.sort_values()], rest])
 
@@ -99,7 +81,8 @@ def _remember(experiments: list[Experiment], frame: pd.DataFrame, folder: Path) 
     file = folder / "experiments.json"
     if file.exists():
         then = json.loads(file.read_text(encoding="utf-8"))
-        changed = [n for n, e in now["experiments"].items() if then["experiments"].get(n, e) != e]
+        empty = asdict(Experiment(""))                       # what an older list did not know yet
+        changed = [n for n, e in now["experiments"].items() if empty | then["experiments"].get(n, e) != e]
         if then["images"] != now["images"]:
             raise CourseError("this folder holds experiments on other images or other splits", folder,
                               "use another folder")
@@ -124,13 +107,39 @@ def _refuse_twice(names: list[str]) -> None:
     if twice := {name for name in names if names.count(name) > 1}:
         raise CourseError("two experiments have one name", ", ".join(sorted(twice)), "rename one of them")
 
-def _run_one(e: Experiment, seed: int, store, target: Path) -> None:
+def _run_one(e: Experiment, seed: int, images, target: Path) -> None:
     "One experiment with one seed; Ctrl-C ends the list, and keeps the best model of this run."
-    images = store.using(subsample_training(store.frame, e.images))
     done = train_job(images, target, model=e.model, name=e.name, seed=seed, resume=can_resume(target),
                          say=lambda line: None, **(dict(patience=8) | e.options))
     if done.card["interrupted"]:
         raise KeyboardInterrupt
+
+# %% ../../nbs/library/training/experiments.ipynb #44d81a9d
+def _with_copies(frame: pd.DataFrame, folder: Path) -> pd.DataFrame:
+    from cxr_course.training.copies import copied_once   # needs TensorFlow
+    return copied_once(frame, folder)
+
+PREPARATIONS = {"copies": _with_copies}   # name -> a function of a frame and a folder that gives a frame
+
+# %% ../../nbs/library/training/experiments.ipynb #04cbce12
+def _refuse_unknown(experiments: list[Experiment]) -> None:
+    for e in experiments:
+        if e.prepare not in (None, *PREPARATIONS):
+            raise CourseError(f"there is no preparation {e.prepare!r}", e.name,
+                              f"use one of {', '.join(PREPARATIONS)}")
+
+def _prepared(e: Experiment, frame: pd.DataFrame, folder: Path, stores: dict, **opening):
+    "The decoded images of an experiment; what is asked for twice is made once."
+    if e.shape not in stores:
+        stores[e.shape] = open_store(frame, e.shape, **opening)
+    plain, key = stores[e.shape], (e.shape, e.prepare, e.images)
+    if key not in stores:
+        fewer = subsample_training(plain.frame, e.images)
+        if e.prepare is None:
+            return plain.using(fewer)
+        place = folder / "prepared" / f"{e.prepare}-{e.images or 'all'}"
+        stores[key] = open_store(PREPARATIONS[e.prepare](fewer, place), e.shape, **opening)
+    return stores[key]
 
 # %% ../../nbs/library/training/experiments.ipynb #c37e0531
 def run_experiments(
@@ -145,6 +154,7 @@ def run_experiments(
     "Run what is not yet run, each experiment and seed into a run folder of its own."
     experiments, folder, stores = list(experiments), Path(folder), {}
     _refuse_twice([e.name for e in experiments])
+    _refuse_unknown(experiments)
     frame, said = arrange(frame)
     for line in said:
         say(line)
@@ -154,7 +164,5 @@ def run_experiments(
             target = folder / e.name / f"seed-{seed}"
             if target.exists():
                 continue
-            if e.shape not in stores:
-                stores[e.shape] = open_store(frame, e.shape, skip_bad=skip_bad, say=say)
-            _run_one(e, seed, stores[e.shape], target)
+            _run_one(e, seed, _prepared(e, frame, folder, stores, skip_bad=skip_bad, say=say), target)
     return folder

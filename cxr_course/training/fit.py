@@ -39,19 +39,22 @@ __all__ = ['normalised', 'fit']
 
 # %% ../../nbs/library/training/fit.ipynb #22af4371
 def normalised(
-    model, # a model that keeps the contract, its features a `keras.Sequential`
+    # a model that keeps the contract, its features a `keras.Sequential`, or a backbone built without scaling
+    model,
     normaliser: Normalizer, # of kind 'train': it is fitted if it is not yet
     store, # the images that teach
 ): # a model with the same layers (shared, not copied), the normaliser first
     "Put a normaliser into a model, so that it travels with it."
     part, rest = feature_extractor(model), [layer for layer in model.layers if layer.name != "features"]
-    if not isinstance(part, keras.Sequential):
+    plain = isinstance(part, keras.Sequential)
+    if not plain and getattr(getattr(model, "spec", None), "scaling", "") != "none":
         raise CourseError("a pretrained network has its own scaling inside", model.name,
                           "leave the normaliser out")
     if normaliser.kind == "train" and normaliser.mean is None:
         normaliser.fit(store)
     shape = part.input_shape[1:]
-    first = keras.Sequential([keras.Input(shape), normaliser.layer(), *part.layers], name="features")
+    first = keras.Sequential([keras.Input(shape), normaliser.layer(), *(part.layers if plain else [part])],
+                             name="features")
     out = keras.Sequential([keras.Input(shape), first, *rest], name=model.name)
     out.spec = getattr(model, "spec", None) or describe(model)
     return out
@@ -80,6 +83,8 @@ def fit(
     loss: Callable | None = None,
     smoothing: float = 0., # of labels
     augment: Callable | None = None, # a Keras layer for training images
+    # from `HeadOnMaps`: the head learns from maps that its frozen backbone made once, instead of from images
+    maps=None,
     normaliser: Normalizer | None = None, # becomes the model's first layer
     # the share of the learning rate of each of `model.trainable_variables`; default: 1
     rates: list[float] | None = None,
@@ -109,7 +114,7 @@ def fit(
     refuse_settings(model, settings, optimizer, loss, rates, strategy)
     refuse_images(model, train, val)
     refuse_shares(train, batch, strategy)
-    given = Given(optimizer, loss, augment, normaliser, rates, strategy, list(callbacks), each)
+    given = Given(optimizer, loss, augment, normaliser, rates, strategy, list(callbacks), each, maps)
     plan = make_plan(model, train, val, name, given) | settings
     with workplace(run, plan, resume) if process_place(strategy)[0] == 0 else nullcontext() as part:
         interrupted = _train(model, train, val, part, plan, given)
@@ -122,7 +127,7 @@ def _learner(model, task: Task, plan: dict, given: Given) -> Learner:
                    rates=given.rates, loss=given.loss or partial(cross_entropy, smoothing=plan["smoothing"]),
                    accumulate=plan["accumulate"], precision=plan["precision"])
     if given.strategy is None:
-        return learner(model, task, **options)
+        return learner(given.maps.head if given.maps else model, task, **options)
     if process_place(given.strategy)[1] > 1:
         return learner(model, task, kind=partial(SynchronousLearner, strategy=given.strategy), **options)
     with given.strategy.scope():
@@ -136,17 +141,21 @@ def _train(model, train, val, part: Path | None, plan: dict, given: Given) -> bo
         tf.config.experimental.enable_op_determinism()    # for the rest of this process ...
         tf.random.set_seed(plan["seed"])                  # ... in which Keras then demands a seed
     task = Task.of(train.frame)
-    taught, judge = _learner(model, task, plan, given), validation(model, val, loss=given.loss)
+    taught = _learner(model, task, plan, given)
+    judge = partial(given.maps.validate, given.loss) if given.maps else validation(model, val,
+                                                                                    loss=given.loss)
     variables = [v for v in (*taught.model.variables, *taught.optimizer.variables)
                  if "seed_generator_state" not in v.path]
     history = load_state(part, variables) if part and (part / "state.npz").exists() else []
     if process_place(given.strategy)[1] > 1:
         history = _same_start(given.strategy, plan, variables, history)
     def validate() -> dict:
-        if taught.model is not model:
+        if taught.model is not model and not given.maps:
             model.set_weights(taught.model.get_weights())
         return judge()
     def batches(seed: int):
+        if given.maps:
+            return given.maps.batches(plan["batch"], seed)
         stream = partial(to_dataset, train, "train", batch=plan["batch"], shuffle=seed)
         return stream() if given.strategy is None else _repeatable(stream)
     with _recorder(model, part, plan, variables, given.each) as record:

@@ -65,9 +65,13 @@ def _refuse_choices(recipe: str, loss) -> None:
         raise CourseError(f"there is no loss {loss!r}", None,
                           f"use one of {', '.join(LOSS_CHOICES)}, or give a Keras loss")
 
-def _refuse_weights_alone(backbone: str | None, weights, fallback: str | None) -> None:
+def _refuse_weights_alone(backbone: str | None, weights, fallback: str | None, frozen: bool) -> None:
     "Weights belong to a backbone, and a file of them must be there before an image is decoded."
     weights = str(weights)
+    if backbone is None and frozen:
+        raise CourseError("only a backbone can be frozen, and none is named", None,
+                          "name one, for instance backbone='vgg16'",
+                          "add --backbone, for instance --backbone vgg16")
     if backbone is None and (weights != "none" or fallback is not None):
         raise CourseError("weights belong to a backbone, and none is named", weights,
                                  "name one, for instance backbone='vgg16'",
@@ -107,23 +111,35 @@ def _network(model, shape: tuple[int, int], outputs: int, seed: int):
     dense = isinstance(model, MLPSpec) or isinstance(model, str) and model in MLP_SPECS
     return (build_mlp if dense else build_cnn)(model, (*shape, 1), outputs, seed)
 
-def _try_network(model, backbone: str | None, shape: tuple[int, int], seed: int, frame: pd.DataFrame) -> None:
+def _try_network(
+    model, backbone: str | None, shape: tuple[int, int], seed: int, outputs: int | None, frame: pd.DataFrame
+) -> None:
     "Refuse a network that nobody knows, or that the images are too small for, before one is decoded."
     start_tensorflow()
     if backbone:
         from cxr_course.models.backbone_facts import backbone_facts
         backbone_facts(backbone)
     elif not callable(model):
-        _network(model, shape, Task.of(frame).outputs, seed)
+        _network(model, shape, outputs or Task.of(frame).outputs, seed)
 
-def _learner(model, backbone: str | None, store, seed: int, pretrained: dict, options: dict) -> Callable:
+def _learner(
+    model, backbone: str | None, store, seed: int, outputs: int | None, pretrained: dict, options: dict
+) -> Callable:
     "What trains into a run folder: a backbone in its two stages, or a network as it is."
     if backbone:
         from cxr_course.training.transfer import train_backbone
         return partial(train_backbone, backbone, store, **pretrained, **options)
     from cxr_course.training.fit import fit
-    network = _network(model, store.shape, Task.of(store.frame).outputs, seed)
+    network = _network(model, store.shape, outputs or Task.of(store.frame).outputs, seed)
     return partial(fit, network, store, **options)
+
+def _made(options: dict, seed: int) -> dict:
+    "Options with the layers made that a list of experiments can only name."
+    from cxr_course.data.pipeline import Normalizer
+    from cxr_course.training.augmentation import Augmentation
+    augment, normaliser = options.get("augment"), options.get("normaliser")
+    made = dict(augment=Augmentation(**dict(seed=seed) | augment)) if isinstance(augment, dict) else {}
+    return options | made | (dict(normaliser=Normalizer(normaliser)) if isinstance(normaliser, str) else {})
 
 def _fit_options(recipe: str, loss, backbone: str | None, store, seed: int, **said) -> dict:
     "The options of `fit` that a recipe and a loss stand for; what was said explicitly wins."
@@ -162,6 +178,8 @@ def train_job(
     backbone: str | None = None, # instead of `model`: a network of transfer learning
     weights: str | Path = "none", # pretrained, of the backbone: 'none', 'imagenet', 'phantom', or a file
     fallback: str | None = None, # 'phantom' or 'none', if these weights cannot be had
+    frozen: bool = False, # the backbone never learns; it looks at each image once, and the head learns
+    outputs: int | None = None, # of the network: 2 for two classes with two logits; default: one
     recipe: str = "plain", # 'plain', or 'strong': augmentation, AdamW, cosine schedule, label smoothing
     loss="plain", # 'plain', 'weighted', 'focal', or a Keras loss
     epochs: int = 20, # passes over the training images, at most
@@ -177,22 +195,26 @@ def train_job(
     strategy=None, # a `tf.distribute` strategy: several devices or machines
     say: Callable[[str], None] = print, # told what was decided, and the report
     name: str | None = None, # what the card calls the model; default: what it was asked for by
-    **options, # further ones of `fit`: schedule, optimizer, smoothing ...
+    # further ones of `fit`: schedule, optimizer, ...; `augment` also as the settings of an `Augmentation` and
+    # `normaliser` as the kind of a `Normalizer`
+    **options,
 ): # the finished `TrainingRun`; None in processes of a strategy that do not write
     "From a data set to a whole run folder with its report, or an error that says why not."
     out = Path(out)
     _refuse_choices(recipe, loss)
-    _refuse_weights_alone(backbone, weights, fallback)
+    _refuse_weights_alone(backbone, weights, fallback, frozen)
     _refuse_out(out, resume)
     decoded = isinstance(frame, ImageStore)
     shape = tuple(frame.shape if decoded else shape or _own_shape(frame, model, backbone, say))
     store = prepare(frame, shape, seed=seed, resplit=resplit, skip_bad=skip_bad, findings=findings,
-                    duplicates=duplicates, before=partial(_try_network, model, backbone, shape, seed),
-                    say=say)
+                    duplicates=duplicates, say=say,
+                    before=partial(_try_network, model, backbone, shape, seed, outputs))
     name = name or backbone or (model if isinstance(model, str) else None)
     asked = dict(epochs=epochs, batch=batch, seed=seed, strategy=strategy, name=name)
-    options = _fit_options(recipe, loss, backbone, store, seed, lr=lr, patience=patience) | asked | options
-    learn = _learner(model, backbone, store, seed, dict(weights=weights, fallback=fallback), options)
+    options = _fit_options(recipe, loss, backbone, store, seed, lr=lr, patience=patience) | asked | _made(
+        options, seed)
+    pretrained = dict(weights=weights, fallback=fallback, frozen=frozen)
+    learn = _learner(model, backbone, store, seed, outputs, pretrained, options)
     return _fit_and_report(learn, out, resume, say)
 
 # %% ../../nbs/library/training/job.ipynb #1d5d98ed

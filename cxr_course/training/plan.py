@@ -38,6 +38,7 @@ class Given:
     strategy: object
     callbacks: list
     each: Callable | None
+    maps: object = None
 
 def _scheduled(optimizer) -> bool:
     inner = getattr(optimizer, "inner_optimizer", optimizer)

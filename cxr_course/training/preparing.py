@@ -113,6 +113,8 @@ def _two_lists(frame: pd.DataFrame, said: list[str]) -> pd.DataFrame:
 def _validation(frame: pd.DataFrame, seed: int, said: list[str]) -> pd.DataFrame:
     "Cut validation anew where it is missing, too small, or shares patients with training."
     train, val = (frame[frame["split"] == part] for part in ("train", "val"))
+    if "meta_copy_of" in frame:                          # copies of training images do not ask for more val
+        train = train[train["meta_copy_of"].isna()]
     if len(val) < .05 * len(train):
         few = f"only {len(val)} images" if len(val) else "no images"
         said.append(f"val has {few}: 15 % of train and val together became val, by patient")

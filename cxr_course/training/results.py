@@ -38,7 +38,9 @@ def macro_metric(
 def run_metrics(
     predictions: pd.DataFrame, # of one split
 ) -> dict[str, float]: # AUC (mean over classes), accuracy, healthy against sick, and the recall of each class
-    "What system A reported, and the AUC."
+    "What system A reported, and the AUC; of findings the AUC alone."
+    if Task.of(predictions).findings:
+        return dict(auc=macro_metric(predictions))
     kinds = error_breakdown(predictions)["share"].map(lambda e: e.value)
     right = kinds.get("right class", kinds["right, sick or healthy"])
     return dict(auc=macro_metric(predictions), accuracy=right, binary=kinds["right, sick or healthy"],
@@ -52,7 +54,7 @@ def _recalls(predictions: pd.DataFrame, threshold=None) -> dict[str, float]:
 # %% ../../nbs/library/training/results.ipynb #049f8b59
 def collect_runs(
     folder: str | Path, # where `run_experiments` put its run folders
-    split: str = "test", # or 'val'
+    split: str = "test", # or 'val', or 'train' where runs have predicted it
 ) -> pd.DataFrame: # one row a run: experiment, seed, parent, change, cost and metrics
     "The table of runs, read from the folders."
     folder, rows = Path(folder), []
@@ -69,15 +71,15 @@ def collect_runs(
 def _cost(r: TrainingRun) -> dict:
     t = r.card["training"]
     return dict(parameters=r.card["model"]["parameters"], epochs=t["epochs_run"], seconds=t["seconds"],
-                interrupted=r.card["interrupted"])
+                peak_mb=t.get("peak_mb"), interrupted=r.card["interrupted"])
 
 # %% ../../nbs/library/training/results.ipynb #4c1a05d5
 def summarise_runs(
     runs: pd.DataFrame, # from `collect_runs`
-    columns: Iterable[str] = ("auc", "accuracy", "binary"), # metrics to show
+    columns: Iterable[str] = ("auc", "accuracy", "binary"), # metrics to show, where there are such
 ) -> pd.DataFrame: # one row an experiment, each metric as mean and range over seeds
     "The table a reader wants: one line an experiment."
-    rows = []
+    rows, columns = [], [c for c in columns if c in runs]
     for name, each in runs.groupby("experiment", sort=False):
         first = each.iloc[0]
         row = dict(experiment=name, change=first["change"], parameters=f"{first['parameters']:,}",
