@@ -84,7 +84,7 @@ class ImageSheet:
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#CC79A7", "#F0E442", "#000000")
 
 def show_images(
-    films: Iterable[np.ndarray], # images (h, w) with values in [0, 1]
+    images: Iterable[np.ndarray], # images (h, w) with values in [0, 1]
     titles: Iterable[str] | None = None, # one line above each
     cols: int = 4, # images in a row
     height: float = 2.2, # inches a row
@@ -92,15 +92,16 @@ def show_images(
 ) -> ImageSheet: # shows itself; everything a matplotlib Figure can do, it can
     "Images side by side, in grey, never stretched, with the outline of a mask where one is given."
     import matplotlib.pyplot as plt
-    films = list(films)
-    cols, rows = min(cols, len(films)), -(-len(films) // cols)
-    wide = max(f.shape[1] / f.shape[0] for f in films)
+    images = list(images)
+    cols, rows = min(cols, len(images)), -(-len(images) // cols)
+    wide = max(f.shape[1] / f.shape[0] for f in images)
     fig, axes = plt.subplots(rows, cols, figsize=(cols * height * wide,
                                                   rows * (height + (0.25 if titles is not None else 0))),
                              squeeze=False, layout="constrained")
     for ax in axes.flat: ax.axis("off")
-    for ax, film in zip(axes.flat, films):
-        ax.imshow(film, cmap="gray", vmin=0, vmax=1, interpolation="nearest" if film.shape[0] < 64 else None)
+    for ax, image in zip(axes.flat, images):
+        blocky = "nearest" if image.shape[0] < 64 else None
+        ax.imshow(image, cmap="gray", vmin=0, vmax=1, interpolation=blocky)
     for ax, title in zip(axes.flat, titles if titles is not None else ()): ax.set_title(title, fontsize=9)
     for ax, mask in zip(axes.flat, masks if masks is not None else ()):
         if mask is not None and mask.any() and not mask.all():

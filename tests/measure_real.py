@@ -43,10 +43,10 @@ def keep(name: str, command: str, rows: list[dict]) -> None:
 
 def shortcuts(root: Path) -> None:
     "AUC of everything but the lungs, for the lesson on exploration."
-    def alone(words, films, target=None):
-        found = shortcuts_module.find_shortcuts(films, image_features(films), target=target)
-        return dict(films=words,
-                    number=len(films)) | {r.shortcut: [round(v, 3) for v in (r.auc, r.low, r.high)]
+    def alone(words, images, target=None):
+        found = shortcuts_module.find_shortcuts(images, image_features(images), target=target)
+        return dict(data=words,
+                    number=len(images)) | {r.shortcut: [round(v, 3) for v in (r.auc, r.low, r.high)]
                                           for r in found.itertuples() if pd.notna(r.auc)}
     kaggle, covid = read(root / "kaggle/chest_xray"), read(root / "covid_qu_ex_layout", classes=2)
     kinds = read(root / "kaggle/chest_xray", classes=3)
@@ -62,12 +62,12 @@ def shortcuts(root: Path) -> None:
     )
     mixed = make_frame(pd.concat([normals.drop(columns="label").assign(label="adult or unknown"),
                                   children.assign(label="child")]), labels=["adult or unknown", "child"])
-    keep("shortcuts", "shortcuts(films, glance(films))", [
+    keep("shortcuts", "find_shortcuts(images, image_features(images))", [
         alone("Kermany (Kaggle) at original size: pneumonia", read(root / "kaggle_full_size/chest_xray")),
         alone("Kermany (Kaggle) shrunk to 224 x 224: pneumonia", kaggle),
         alone("of these, those with pneumonia: virus against bacteria", ill),
         alone("COVID-QU-Ex layout, all of one size: COVID-19 against normal", covid),
-        alone("normal films of public COVID sets: child", mixed)])
+        alone("normal images of public COVID sets: child", mixed)])
 
 
 def bars(root: Path) -> None:
@@ -75,16 +75,16 @@ def bars(root: Path) -> None:
     sets = [("Kaggle (Kermany et al.), 64 x 64", hold_out(read(root / "kaggle/chest_xray"), 0.2), (64, 64)),
             ("PneumoniaMNIST, 28 x 28", read(root / "pneumoniamnist_standin.npz"), (28, 28))]
     rows = []
-    for words, films, shape in sets:
-        store = build_store(films, shape)
+    for words, images, shape in sets:
+        store = build_store(images, shape)
         for kind in ("svm", "logistic"):
             reader = fit_classical(store, kind)
             found = evaluate(reader.predict(store, "test"), reader.threshold).set_index("metric")
             found = found[["value", "low", "high"]].astype(float).round(3)
-            rows.append(dict(films=words, taught=int((films["split"] != "test").sum()),
-                             tested=int((films["split"] == "test").sum()), machine=f"PCA + {kind}",
+            rows.append(dict(data=words, taught=int((images["split"] != "test").sum()),
+                             tested=int((images["split"] == "test").sum()), machine=f"PCA + {kind}",
                              auc=found.loc["AUC"].tolist(), accuracy=found.loc["accuracy"].tolist()))
-    keep("bars", "fit_classical(build_store(films, shape), kind)", rows)
+    keep("bars", "fit_classical(build_store(images, shape), kind)", rows)
 
 
 def nih(root: Path) -> None:
@@ -96,12 +96,13 @@ def nih(root: Path) -> None:
     from cxr_course.models.losses import undo_weighting, loss_for, initial_bias
     from cxr_course.training.fit import fit
     from cxr_course.training.recipe import basic_augmentation
-    films = read(root / "nih")
+    images = read(root / "nih")
     # the second list that came with it; 15 patients are in both
-    held = films["split"] == "val"
-    films = films[held | ~films["patient"].isin(set(films.loc[held, "patient"]))]
-    films = hold_out(films.assign(split=films["split"].replace({"val": "test"})).reset_index(drop=True), .2)
-    store, names, rows = build_store(films, (64, 64)), list(Task.of(films).names), []
+    held = images["split"] == "val"
+    images = images[held | ~images["patient"].isin(set(images.loc[held, "patient"]))]
+    images = images.assign(split=images["split"].replace({"val": "test"})).reset_index(drop=True)
+    images = hold_out(images, .2)
+    store, names, rows = build_store(images, (64, 64)), list(Task.of(images).names), []
     for kind, seed in ((k, s) for k in ("plain", "weighted") for s in range(3)):
         loss = loss_for(store, kind)
         model = initial_bias(build_cnn("separable", (64, 64, 1), len(names), seed=seed), store, loss)
@@ -115,7 +116,7 @@ def nih(root: Path) -> None:
         kept = [c for c in names if c not in rare]
         said = lambda q, kept=kept: round(float(q[[f"p_{c}" for c in kept]].to_numpy().mean()), 3)
         macro = auc_by_task(p.drop(columns=[*rare, *(f"p_{c}" for c in rare)])).loc["macro"]
-        rows.append(dict(loss=kind, seed=seed, taught=int((films["split"] == "train").sum()), tested=len(p),
+        rows.append(dict(loss=kind, seed=seed, taught=int((images["split"] == "train").sum()), tested=len(p),
                          patients=p["patient"].nunique(), AUC=[round(float(v), 3)
                                                                for v in macro[["value", "low", "high"]]],
                          so=round(float(p[kept].to_numpy().mean()), 3), said=said(p),
@@ -140,7 +141,7 @@ def shift(root: Path) -> None:
                                         unknown="image"), {"train": 0.6, "val": 0.15, "test": 0.25})
     ill, normal = (adults[adults["label"] == c] for c in ("COVID-19", "Normal"))
     joined = lambda *parts: make_frame(pd.concat(parts), words)
-    test = lambda films: films[films["split"] == "test"]
+    test = lambda images: images[images["split"] == "test"]
     with_young = joined(young, ill[ill["split"] == "train"].head(150), ill[ill["split"] == "val"].head(30),
                         test(ill))
     whole = build_store(joined(adults, young), shape)
@@ -148,20 +149,20 @@ def shift(root: Path) -> None:
              "children as normals, held out": joined(test(ill), test(young))}
     trials, monitors = [], []
     with TemporaryDirectory() as place:
-        for taught, films, judged_on in (
+        for taught, images, judged_on in (
             ("adults", adults, ("adults", "children as normals, all")),
             ("children", with_young, ("children as normals, held out", "adults")),
         ):
             for view in ("full image", "cropped", "centre blacked out", "border only"):
                 seen = whole if view == "full image" else intervene(whole, view)
-                t = shortcut_trial(view, seen.using(films), {r: seen.using(tests[r]) for r in judged_on},
+                t = shortcut_trial(view, seen.using(images), {r: seen.using(tests[r]) for r in judged_on},
                                    Path(place, taught), seeds, "separable", epochs=12, lr=3e-3,
                                    schedule="cosine", patience=99)
-                trials += [dict(taught=taught, view=view, tested=r.place, films=len(tests[r.place]),
+                trials += [dict(taught=taught, view=view, tested=r.place, images=len(tests[r.place]),
                                 auc=[round(v, 3) for v in (r.value, r.low, r.high)])
                            for r in intervention_effects(t).itertuples()]
             run = load_run(Path(place, taught, "full-image-0"))
-            write_reference(run.folder, run.model, whole.using(films), run.card)
+            write_reference(run.folder, run.model, whole.using(images), run.card)
             for words_, new in (
                 ("adults of the test set", tests["adults"]),
                 ("normal adults of the test set", test(normal)),
@@ -169,7 +170,7 @@ def shift(root: Path) -> None:
                 ("other pneumonia", read(folder, sizes=False).query("label == 'Non-COVID'")),
             ):
                 v = monitor(run, whole.using(new) if words_ != "other pneumonia" else build_store(new, shape))
-                monitors.append(dict(taught=taught, new=words_, films=len(new),
+                monitors.append(dict(taught=taught, new=words_, images=len(new),
                                      auc=[round(x, 3) for x in v.apart[:3]], p=round(v.p, 3), shift=v.shift))
     found = dict(date=date.today().isoformat(),
                  command="python tests/measure_real.py path/to/real/data shift",
@@ -227,20 +228,20 @@ def phantom_only(root: Path) -> None:
     sets = [("Kaggle (Kermany et al.), test cut by patient", read(root / "kaggle/chest_xray"), (64, 64)),
             ("PneumoniaMNIST stand-in, test", read(root / "pneumoniamnist_standin.npz"), (28, 28))]
     three, rows = lambda e: [round(float(v), 3) for v in e[:3]], []
-    for words, films, shape in sets:
-        test = films[films["split"] == "test"].reset_index(drop=True)
+    for words, images, shape in sets:
+        test = images[images["split"] == "test"].reset_index(drop=True)
         store = build_store(test, shape)
         for recipe in (
             "fourteen findings of adults",
             "children, ill or not",
-            "children, ill or not, each film scaled by itself, strong augmentation",
+            "children, ill or not, each image scaled by itself, strong augmentation",
         ):
             run, score, truth = simulated(recipe, shape)
             own, names = run.predictions[run.predictions["split"] == "test"], run.card["labels"]
             real = pd.DataFrame(probabilities(run.model.predict(store.array(), verbose=0),
                                               run.card["kind"] == "findings"),
                                 columns=[f"p_{c}" for c in names])
-            rows.append(dict(real_films=words, number=len(test), size=f"{shape[0]} x {shape[1]}",
+            rows.append(dict(real_data=words, number=len(test), size=f"{shape[0]} x {shape[1]}",
                              taught=recipe,
                              phantom_test=three(auc_ci(truth(own), score(own), groups(own))),
                              real_test=three(auc_ci(test["label"] == "PNEUMONIA", score(real),

@@ -108,9 +108,9 @@ def test_counts_with_unknown_labels_splits_and_patients():
     f.loc[0, ["label", "split", "patient"]] = None
     f = regroup(f, "image")
     n = count_images(f)
-    assert n.loc["no split", ["healthy", "ill", "films", "patients", "nobody"]].tolist() == [0, 0, 1, 0, 1]
-    assert n.loc["all", "films"] == len(f) and n.loc["all", ["healthy", "ill"]].sum() == len(f) - 1
-    assert prevalence(f)["films"].tolist() == [len(f) - 1] * 2
+    assert n.loc["no split", ["healthy", "ill", "images", "patients", "nobody"]].tolist() == [0, 0, 1, 0, 1]
+    assert n.loc["all", "images"] == len(f) and n.loc["all", ["healthy", "ill"]].sum() == len(f) - 1
+    assert prevalence(f)["images"].tolist() == [len(f) - 1] * 2
 
 
 def test_findings_keep_their_unknowns():
@@ -118,7 +118,7 @@ def test_findings_keep_their_unknowns():
                     (a, b) in enumerate([(1, 1), (1, np.nan), (0, 1), (np.nan, 0), (0, 0)])],
                    findings=["A", "B"])
     assert cooccurrence(f).to_numpy().tolist() == [[2, 1], [1, 2]]
-    assert prevalence(f)[["films", "positive"]].to_numpy().tolist() == [[4, 2], [4, 2]]
+    assert prevalence(f)[["images", "positive"]].to_numpy().tolist() == [[4, 2], [4, 2]]
     assert target_of(f)[0].tolist()[:3] == [1, 1,
                                             1] and np.isnan(target_of(f)[0][3]) and target_of(f)[0][4] == 0
     assert finding_shares(f.assign(view=["PA", "PA", "AP", "AP", None]),
@@ -201,7 +201,7 @@ def test_a_damaged_film_is_named_or_skipped(drawn, tmp_path):
     Path(drawn["path"][3]).write_bytes(Path(drawn["path"][3]).read_bytes()[:60])
     with pytest.raises(CourseError, match="3.png"): image_features(drawn)
     g = image_features(drawn, skip_bad=True)
-    assert np.isnan(g.mean[3]) and find_shortcuts(drawn, g)["films"].eq(79).all()
+    assert np.isnan(g.mean[3]) and find_shortcuts(drawn, g)["images"].eq(79).all()
     with pytest.raises(CourseError, match="3.png"): write_overview(drawn, tmp_path / "page")
     assert not [p for p in tmp_path.iterdir() if "page" in p.name]
 
@@ -223,10 +223,10 @@ def test_every_plot_is_a_figure_and_none_is_left_open(drawn):
 
 
 def test_the_page_needs_nothing_but_itself(drawn, tmp_path):
-    page = write_overview(drawn.assign(view=["AP", "PA"] * 40), tmp_path / "page", title="Eighty <b> films")
+    page = write_overview(drawn.assign(view=["AP", "PA"] * 40), tmp_path / "page", title="Eighty <b> images")
     text = page.read_text(encoding="utf-8")
     assert re.findall(r"""(?:src|href)=["'](?!data:)""",
-                      text) == [] and "color-scheme: light dark" in text and "Eighty &lt;b&gt; films" in text
+                      text) == [] and "color-scheme: light dark" in text and "Eighty &lt;b&gt; images" in text
     assert "prefers-color-scheme: dark" in text
     assert (
         'class="alarm"' in text
@@ -268,8 +268,8 @@ def test_columns_beside_the_findings_are_no_findings():
                  weight=50 + i) for i in range(40)]
     f = make_frame(rows, findings=["Effusion"])
     assert list(prevalence(f)["finding"]) == ["Effusion"] and list(cooccurrence(f)) == ["Effusion"]
-    assert count_images(f).columns.tolist() == ["Effusion", "films", "patients",
-                                          "nobody"] and finding_shares(f, "weight")["films"].sum() == 40
+    assert count_images(f).columns.tolist() == ["Effusion", "images", "patients",
+                                          "nobody"] and finding_shares(f, "weight")["images"].sum() == 40
 
 
 def test_importing_is_light():

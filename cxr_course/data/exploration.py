@@ -25,10 +25,10 @@ __all__ = ['count_images', 'as_text', 'images_per_patient', 'cooccurrence', 'pre
 # %% ../../nbs/library/data/exploration.ipynb #7f7347af
 def count_images(
     frame: pd.DataFrame, # a frame of images
-) -> pd.DataFrame: # one row a split; a column a class, `films` (images), `patients`, `nobody`
+) -> pd.DataFrame: # one row a split; a column a class, `images`, `patients`, `nobody`
     "How many images of each class, or with each finding, lie in each split."
     shown = (Task.of(frame).indicators(frame) == 1).astype(int)
-    shown = shown.assign(films=1, nobody=frame["patient"].isna().astype(int))
+    shown = shown.assign(images=1, nobody=frame["patient"].isna().astype(int))
     split = as_text(frame["split"], "no split")
     out = shown.groupby(split).sum().reindex([s for s in (*SPLITS, "no split") if s in set(split)])
     out.insert(len(out.columns) - 1, "patients", frame["patient"].groupby(split).nunique().reindex(out.index))
@@ -44,11 +44,12 @@ def as_text(
 
 def images_per_patient(
     frame: pd.DataFrame, # a frame of images
-) -> pd.DataFrame: # one row a number of images: `films`, `patients`, `share` (of all images with a patient)
+) -> pd.DataFrame: # one row a number of images: `images`, `patients`, `share` (of images with a patient)
     "How many patients have one image, two images, and so on."
     n = frame["patient"].dropna().value_counts().value_counts().sort_index()
     known = max(1, frame["patient"].notna().sum())
-    return pd.DataFrame({"films": n.index, "patients": n.to_numpy(), "share": n.index * n.to_numpy() / known})
+    share = n.index * n.to_numpy() / known
+    return pd.DataFrame({"images": n.index, "patients": n.to_numpy(), "share": share})
 
 def cooccurrence(
     frame: pd.DataFrame, # a frame with findings
@@ -65,12 +66,12 @@ def cooccurrence(
 # %% ../../nbs/library/data/exploration.ipynb #77c4128e
 def prevalence(
     frame: pd.DataFrame, # a frame of images
-) -> pd.DataFrame: # `finding`, `films` (with a known answer), `positive`, `share`, `low`, `high`
+) -> pd.DataFrame: # `finding`, `images` (with a known answer), `positive`, `share`, `low`, `high`
     "How common each class or finding is, with an interval that respects patients."
     who, rows = pd.factorize(groups(frame))[0], []
     for name, y in Task.of(frame).indicators(frame).items():
         known = y.notna().to_numpy()
-        rows.append(dict(finding=name, films=int(known.sum()), positive=int(y.sum()),
+        rows.append(dict(finding=name, images=int(known.sum()), positive=int(y.sum()),
                          **_estimate(y[known], who[known])))
     return pd.DataFrame(rows)
 
@@ -97,7 +98,7 @@ def finding_shares(
     # equal size
     column: str,
     target: str | None = None, # a class or finding; default: everything but the first class, or any finding
-) -> pd.DataFrame: # one row a value: `value`, `films`, `share` (of them positive), `low`, `high`
+) -> pd.DataFrame: # one row a value: `value`, `images`, `share` (of them positive), `low`, `high`
     "How often images are positive, by the value of another column."
     if column not in frame:
         raise CourseError(f"the frame has no column {column!r}", None,
@@ -111,7 +112,7 @@ def finding_shares(
     for value in (*order, None):
         m = (v.isna() if value is None else v == value).to_numpy() & ~np.isnan(y)
         if m.any():
-            rows.append(dict(value=_value_name(value), films=int(m.sum()), **_estimate(y[m], who[m])))
+            rows.append(dict(value=_value_name(value), images=int(m.sum()), **_estimate(y[m], who[m])))
     return pd.DataFrame(rows)
 
 # %% ../../nbs/library/data/exploration.ipynb #2f2499f3

@@ -76,7 +76,7 @@ def plot_counts(
         ax.margins(x=.25)
         ax.locator_params(axis="x", nbins=3)
         people = f", {row['patients']:,} patients" if row["patients"] else ""
-        label_axes(ax, f"{split}\n{row['films']:,} images{people}", "images")
+        label_axes(ax, f"{split}\n{row['images']:,} images{people}", "images")
     axes[0, 0].invert_yaxis()
     return fig
 
@@ -87,11 +87,11 @@ def plot_patients(
     n = images_per_patient(frame)
     fig, axes = empty_panels(1, 1, (5, 2.3))
     ax = axes[0, 0]
-    ax.bar(n["films"], n["patients"], color=PALETTE[0], width=.8)
+    ax.bar(n["images"], n["patients"], color=PALETTE[0], width=.8)
     if len(n) and n["patients"].max() > 50 * n["patients"].min():
         ax.set_yscale("log")
     ax.xaxis.get_major_locator().set_params(integer=True)
-    said = f"{int(n['patients'].sum()):,} patients, {int((n['films'] * n['patients']).sum()):,} images"
+    said = f"{int(n['patients'].sum()):,} patients, {int((n['images'] * n['patients']).sum()):,} images"
     label_axes(ax, f"{said}; images without a patient: {frame['patient'].isna().sum():,}",
                "images of one patient", "patients")
     return fig

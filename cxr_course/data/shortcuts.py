@@ -123,7 +123,7 @@ def find_shortcuts(
     target: str | None = None, # a class or finding; default: everything but the first class, or any finding
     alarm: float = .55, # the whole interval above this is called suspicious
     seed: int = 0, # of the cut by patient
-) -> pd.DataFrame: # best first: `shortcut`, `films`, `auc`, `low`, `high`, `suspicious`, `verdict`
+) -> pd.DataFrame: # best first: `shortcut`, `images`, `auc`, `low`, `high`, `suspicious`, `verdict`
     "How well each thing that is not disease predicts the disease, for patients never seen."
     df, g = (frame, None) if glances is None else glances.readable(frame)
     y, name = target_of(df, target)
@@ -136,7 +136,7 @@ def find_shortcuts(
         score = _guess(x, y, who, fold, seed)
         value = auc(y, score)
         low, high = widened_interval(value, bootstrap_auc(y, score, who, counts))
-        rows.append(dict(shortcut=what, films=len(df), auc=value, low=low, high=high,
+        rows.append(dict(shortcut=what, images=len(df), auc=value, low=low, high=high,
                          suspicious=bool(low > alarm), verdict=_verdict(what, name, value, low, high, alarm)))
     if not rows:
         raise NothingToSearch("there is nothing to try", f"{len(df)} images",

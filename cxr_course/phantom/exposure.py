@@ -123,16 +123,16 @@ def expose(
 
 # %% ../../nbs/library/phantom/exposure.ipynb #9ded417e
 def stamp_markers(
-    film: np.ndarray, # (h, w) in [0, 1]
+    image: np.ndarray, # (h, w) in [0, 1]
     hospital: Hospital,
     marker: str | None = None, # another letter than the hospital's usual one; '' for none
 ) -> np.ndarray: # the image with what the hospital adds
     "Side marker, burnt-in text and collimation border: none of it is anatomy."
     from PIL import Image, ImageDraw, ImageFont
-    h, w = film.shape
+    h, w = image.shape
     edge = int(hospital.border * w)
-    if edge: film = np.pad(film[edge:h - edge, edge:w - edge], edge)
-    picture = Image.fromarray((film * 255 + .5).astype(np.uint8))
+    if edge: image = np.pad(image[edge:h - edge, edge:w - edge], edge)
+    picture = Image.fromarray((image * 255 + .5).astype(np.uint8))
     draw = ImageDraw.Draw(picture)
     letter = hospital.marker if marker is None else marker
     draw.text((hospital.marker_at[0] * w, hospital.marker_at[1] * h), letter, fill=245,

@@ -24,17 +24,17 @@ __all__ = ['learning_curve', 'plot_learning_curve']
 # %% ../../nbs/library/training/learning_curve.ipynb #45d6229d
 def learning_curve(
     store, # a Store with test images; the others are drawn from
-    films: Iterable[int | None], # sizes of the collections; None: all images outside the test
+    images: Iterable[int | None], # sizes of the collections; None: all images outside the test
     ways: Iterable[tuple[str, str]], # (backbone, weights)
     seeds: Iterable[int], # of draws and trainings
     folder: str | Path, # where the runs go; finished ones are not repeated
     steps: int = 500, # of each training, about; never more than 100 epochs
     batch: int = 16, # images a step
     **options, # of `fit`
-) -> pd.DataFrame: # one row a run: backbone, weights, films, seed, auc, low, high
+) -> pd.DataFrame: # one row a run: backbone, weights, images, seed, auc, low, high
     "Test AUC against the number of labelled images, for several ways to begin."
     rows = []
-    for n, seed in itertools.product(films, seeds):
+    for n, seed in itertools.product(images, seeds):
         part = store.using(subsample_patients(store.frame, n, seed))
         taught, chose = (len(part.rows(s)) for s in ("train", "val"))
         epochs = int(np.clip(steps * batch / taught, 2, 100))
@@ -45,7 +45,7 @@ def learning_curve(
                                                               epochs=epochs, batch=batch,
                                                               resume=can_resume(run), **options)
             value, low, high, _ = found.metric("AUC", "test")
-            rows.append(dict(backbone=backbone, weights=weights, films=taught + chose, seed=seed, auc=value,
+            rows.append(dict(backbone=backbone, weights=weights, images=taught + chose, seed=seed, auc=value,
                              low=low, high=high))
     return pd.DataFrame(rows)
 
@@ -57,17 +57,17 @@ def plot_learning_curve(
     import matplotlib.pyplot as plt
     fig, ax = plt.subplots(figsize=(7, 4), layout="constrained")
     for i, (way, part) in enumerate(rows.groupby(["backbone", "weights"], sort=False)):
-        said = pd.DataFrame({n: metrics_over_seeds(g["auc"]) for n, g in part.groupby("films")},
+        said = pd.DataFrame({n: metrics_over_seeds(g["auc"]) for n, g in part.groupby("images")},
                             index=["mean", "low", "high"]).T
         # a little apart, so that bars do not hide each other
         colour, at = PALETTE[i], said.index * (1.02 ** i)
         ax.errorbar(at, said["mean"], [said["mean"] - said["low"], said["high"] - said["mean"]], fmt="o-",
                     color=colour, capsize=3,
                     label={"none": "from scratch"}.get(way[1], f"pretrained: {way[1]}") + f" ({way[0]})")
-        ax.plot(part["films"] * (1.02 ** i), part["auc"], ".", color=colour, alpha=.35)
+        ax.plot(part["images"] * (1.02 ** i), part["auc"], ".", color=colour, alpha=.35)
     ax.set(xscale="log", xlabel="labelled images there were (training and validation)",
-           ylabel="AUC on the test images", xticks=sorted(rows["films"].unique()),
-           xticklabels=sorted(rows["films"].unique()))
+           ylabel="AUC on the test images", xticks=sorted(rows["images"].unique()),
+           xticklabels=sorted(rows["images"].unique()))
     ax.minorticks_off()
     ax.legend(frameon=False, loc="lower right")
     ax.spines[["top", "right"]].set_visible(False)
