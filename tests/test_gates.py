@@ -142,6 +142,7 @@ STATS = "cxr_course/stats/count.py"
 ERROR = '"outputs": [{"output_type": "error", "ename": "E", "evalue": "", "traceback": []}]'
 STDERR = '"outputs": [{"output_type": "stream", "name": "stderr", "text": ["W0000"]}]'
 PLOT = '"outputs": [{"output_type": "display_data", "metadata": {}, "data": {"image/png": ""}}]'
+SHEET = PLOT.replace("png", "jpeg")
 PLANTED = [  # gate, file, what is there, what is put in its place, what the gate must say
     (
         "layers",
@@ -251,6 +252,8 @@ PLANTED = [  # gate, file, what is there, what is put in its place, what the gat
     ("teaching", LESSON, "assert images(2.5) == 2", "by_run_size(1, 2, 3)", "asked in the open"),
     ("teaching", LESSON, '"outputs": []', PLOT, "a figure without #| fig-cap"),
     ("teaching", LESSON, '"outputs": []', PLOT, "a figure without #| fig-alt"),
+    ("teaching", LIBRARY, '"outputs": []', PLOT, "halve.ipynb, cell 1: a figure without #| fig-cap"),
+    ("teaching", LIBRARY, '"outputs": []', SHEET, "halve.ipynb, cell 1: a figure without #| fig-alt"),
 ]
 
 

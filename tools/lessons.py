@@ -64,9 +64,9 @@ def over(row: dict) -> list[str]:
 
 
 def teaching(notebook: Notebook, root: Path) -> Iterator[str]:
-    """A lesson keeps its budget and has the shape and the words of a lesson."""
-    if notebook.lesson:
-        yield from _faults(notebook)
+    """A lesson keeps its budget and has the shape and the words of a lesson; figures of every notebook say
+    what they show."""
+    yield from _faults(notebook) if notebook.lesson else _figures(notebook)
 
 
 def _faults(notebook: Notebook) -> Iterator[str]:
@@ -81,6 +81,7 @@ def _faults(notebook: Notebook) -> Iterator[str]:
         yield from (f"{at}, cell {i}: {fault}" for fault in _words(text))
     for i, cell in code:
         yield from (f"{at}, cell {i}: {fault}" for fault in _code(cell))
+    yield from _figures(notebook)
 
 
 def _shape(texts: list[str]) -> Iterator[str]:
@@ -117,10 +118,17 @@ def _code(cell: dict) -> Iterator[str]:
         yield "a hidden cell; show it, or fold it with #| code-fold: true"
     if re.search(r"\b(by_)?run_size\(", cell["source"]) and told.get("code-fold") != "true":
         yield "the run size is asked in the open; put it into the folded cell of sizes"
-    if any("image/png" in o.get("data", {}) for o in cell["outputs"]):
+
+
+def _figures(notebook: Notebook) -> Iterator[str]:
+    for i, cell in enumerate(cells(notebook.path), 1):
+        told = directives(cell["source"])
+        kinds = {kind for output in cell.get("outputs", []) for kind in output.get("data", {})}
+        if "hide" in told or not any(kind.startswith("image/") for kind in kinds):
+            continue
         for name in ("fig-cap", "fig-alt"):
             if len(told.get(name, "")) < 12:
-                yield f"a figure without #| {name}; say what it shows"
+                yield f"nbs/{notebook.name}.ipynb, cell {i}: a figure without #| {name}; say what it shows"
 
 
 def main(words: list[str]) -> int:
