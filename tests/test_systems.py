@@ -166,8 +166,8 @@ def test_a_frozen_backbone_looks_once_and_stays(images, tmp_path, monkeypatch):
     looks, look = [], frozen_module.extract_features
     monkeypatch.setattr(frozen_module, "extract_features", lambda *a, **k: looks.append(1) or look(*a, **k))
     store = build_store(images, (32, 32))
-    run = train_job(store, tmp_path / "run", backbone="vgg16", head="mean", frozen=True, epochs=3, say=quiet)
-    before = feature_extractor(build_backbone("vgg16", (32, 32, 1), head="mean")).get_weights()
+    run = train_job(store, tmp_path / "run", backbone="compact", frozen=True, epochs=2, say=quiet)
+    before = feature_extractor(build_backbone("compact", (32, 32, 1))).get_weights()
     assert len(looks) == 1 and run.card["about"]["stages"][0]["unfrozen"] == "nothing"
     for one, other in zip(before, feature_extractor(run.model).get_weights()):
         np.testing.assert_array_equal(one, other)
@@ -275,7 +275,7 @@ def test_other_files_are_noticed(made, tmp_path):
 
 
 def test_a_killed_process_goes_on(made, tmp_path, monkeypatch):
-    plan = replace(made[0], setting=replace(ONE, sizes=ONE.sizes | dict(epochs=60)))
+    plan = replace(made[0], setting=replace(ONE, sizes=ONE.sizes | dict(epochs=8)))
     target, wait = plan.folder / "E1" / "seed-0", subprocess.Popen.communicate
 
     def pressed(process, *args, **kwargs):
