@@ -90,7 +90,7 @@ def default_shape(
     most: int = 128, # pixels; larger images are made this small
 ) -> tuple[int, int]: # (h, w), a square: the smaller of `most` and the median shorter side
     "The size to decode images at when none was asked for; nothing is enlarged."
-    sides = frame[["height", "width"]].astype(float).min(axis=1, skipna=False).dropna()
+    sides = frame[["height", "width"]].astype("Float64").min(axis=1, skipna=False).dropna()
     if not len(sides):
         sides = pd.Series([min(shape) for p in frame["path"].iloc[::-(-len(frame) // 50)]
                            if (shape := _header(p))], dtype=float)
