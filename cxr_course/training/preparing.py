@@ -234,7 +234,7 @@ def prepare(
 ) -> ImageStore: # ready to train: train, val and test, by patient, without copies across them
     "Arrange, check and decode images for a training; refuse what cannot go well, and say what was decided."
     if duplicates not in DUPLICATES:
-        raise CourseError(f"duplicates={duplicates!r} is no choice", None, f"use {' or '.join(DUPLICATES)}")
+        raise CourseError(f"{duplicates=} is not a choice", None, f"use {' or '.join(DUPLICATES)}")
     store = frame if isinstance(frame, ImageStore) else None
     chosen = choose_findings(frame if store is None else store.frame, findings)
     arranged, said = arrange(chosen, seed, resplit=resplit)
