@@ -126,7 +126,8 @@ def _beside(system: str, out: Path) -> None:
     found = beside_reported(system, out)
     with atomic(out / "reported.csv") as part:
         found.to_csv(part, index=False)
-    shown = found[found["reported"].notna()].drop(columns="change")
+    shown = found[found["reported"].notna() & (found["seeds"] > 0) & (found["metric"] != "parameters")]
+    shown = shown.drop(columns="change")
     typer.echo("\n" + repr(table(shown, "reported figures, and ours with 95 % intervals over patients and "
                                  "seeds", index=False)))
 
