@@ -28,20 +28,20 @@ __all__ = ['subsample_patients', 'unfreeze', 'layer_learning_rates', 'fine_tune'
 # %% ../../nbs/library/training/transfer.ipynb #3d784e48
 def subsample_patients(
     frame: pd.DataFrame, # images with test already cut off
-    films: int | None, # labelled images there are, for training and validation together; None: all
+    images: int | None, # labelled images there are, for training and validation together; None: all
     seed: int = 0, # whose they are
     fraction: float = .25, # of them validate
 ) -> pd.DataFrame: # the same test images, fewer others
     "Pretend that only so many images had been read by somebody."
     known, rest = frame[frame["split"] != "test"].assign(split="train"), frame[frame["split"] == "test"]
-    if films is not None and len(known) < films:
-        raise CourseError(f"there are not {films} images outside the test", f"{len(known)}",
+    if images is not None and len(known) < images:
+        raise CourseError(f"there are not {images} images outside the test", f"{len(known)}",
                           "ask for fewer, or None for all")
-    if films is not None:
+    if images is not None:
         keys = groups(known)
         order = pd.Series({k: rng(seed, "few", k).random() for k in keys.unique()})
         known = known.assign(order=keys.map(order)).sort_values(["order",
-                                                                 "path"]).head(films).drop(columns="order")
+                                                                 "path"]).head(images).drop(columns="order")
     return pd.concat([hold_out(known, fraction, seed), rest], ignore_index=True)
 
 # %% ../../nbs/library/training/transfer.ipynb #6b3c2692
